@@ -1,0 +1,7 @@
+"""Data modules: everything a Trainer needs of a set, and ``analysis_dataloader()`` for the statistics that pruning rests on."""
+
+from lit_compress.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
+from lit_compress.datamodules.digits import DigitsDataModule
+from lit_compress.datamodules.mnist import MNISTDataModule
+
+__all__ = ["CIFAR10DataModule", "CIFAR100DataModule", "DigitsDataModule", "MNISTDataModule"]

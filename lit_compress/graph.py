@@ -1,0 +1,199 @@
+"""Which channels of a network are tied to which, and which parameters run along them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+from lit_compress.labels import FIXED
+from lit_compress.tracing import LabelMode, Vector, WeightUse, named_tensors
+
+Forward: TypeAlias = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose weight makes output channels.
+
+    Args:
+        name: As in ``model.named_modules()``; the parameter's own name where it is not called ``weight``.
+        weight: Name of its weight parameter.
+        dim: The weight's dimension of output channels.
+        classes: For each output channel, the class of channels that it is cut with; -1 where it is not cuttable at all.
+        own: Whether it makes channels. A depthwise convolution passes its input's channels on.
+    """
+
+    name: str
+    weight: str
+    dim: int
+    classes: Vector
+    own: bool
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are chosen together: those of a layer, or those that several tied layers share.
+
+    Args:
+        classes: The classes of channels to choose from; none is frozen.
+        members: Layer name to, for each of its output channels, the position in ``classes`` or -1.
+    """
+
+    classes: Vector
+    members: Mapping[str, Vector]
+
+    @property
+    def name(self) -> str:
+        """The first member, in the order of the forward."""
+        return next(iter(self.members))
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """What a trace found out about a network. Nothing here refers to the network's tensors.
+
+    Args:
+        layers: Every layer met, in the order of the forward.
+        tensors: Name of a parameter or buffer to the dimensions that carry channels: the class at each index, -1 for a
+            channel that stays whatever is cut.
+        shapes: Shape of every parameter and buffer.
+        frozen: Class to the reason why it must stay.
+        uses: Each application of a weight.
+        unused: Layers with parameters that the traced forward never ran.
+    """
+
+    layers: Mapping[str, Layer]
+    tensors: Mapping[str, Mapping[int, Vector]]
+    shapes: Mapping[str, tuple[int, ...]]
+    frozen: Mapping[int, str]
+    uses: tuple[WeightUse, ...]
+    unused: tuple[str, ...]
+
+    def groups(self) -> list[ChannelGroup]:
+        """Channels that may be cut, sorted into groups that share the same layers."""
+        where: dict[int, list[tuple[str, int]]] = {}
+        for layer in self.layers.values():
+            for index, channel_class in enumerate(layer.classes.tolist()):
+                if layer.own and channel_class != FIXED and channel_class not in self.frozen:
+                    where.setdefault(channel_class, []).append((layer.name, index))
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for channel_class, places in where.items():
+            alike.setdefault(tuple(name for name, _ in places), []).append(channel_class)
+        groups = []
+        for names, classes in alike.items():
+            position = {channel_class: index for index, channel_class in enumerate(classes)}
+            members = {
+                name: np.array([position.get(c, FIXED) for c in self.layers[name].classes.tolist()], dtype=np.int64)
+                for name in dict.fromkeys(names)
+            }
+            groups.append(ChannelGroup(np.array(classes, dtype=np.int64), members))
+        return groups
+
+    def why_whole(self, layer: str) -> str:
+        """The reason why channels of a layer cannot be cut, or an empty string if they all can."""
+        for channel_class in self.layers[layer].classes.tolist():
+            if channel_class == FIXED:
+                return "its channels come from the network's input"
+            if channel_class in self.frozen:
+                return self.frozen[channel_class]
+        return ""
+
+
+def trace(model: nn.Module, forward: Forward) -> ChannelGraph:
+    """Run a forward once on labels and find out which channels are tied.
+
+    Args:
+        model: The network. Names in the result are relative to it. It runs in evaluation mode and is left as it was.
+        forward: Runs ``model`` as it is used, on real inputs, and returns what leaves the network. A batch of one is enough.
+
+    Returns:
+        The graph. What an unknown operation touches is frozen in it, never guessed.
+
+    Raises:
+        ValueError: If the forward meets no layer of ``model``, or a parameter is not yet materialised.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> graph = trace(net, lambda: net(torch.zeros(1, 1, 4, 4)))
+        >>> [(group.name, len(group.classes)) for group in graph.groups()]
+        [('0', 4)]
+        >>> graph.why_whole("3")
+        'they are the output of the network'
+    """
+    for name, tensor in named_tensors(model):
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            raise ValueError(f"Parameter {name!r} has no values yet; run the network once (or materialise it) before analysing it.")
+    mode = LabelMode(model)
+    with evaluating(model), mode.following():
+        outputs = forward()
+        mode.freeze_outputs(outputs)
+    if not mode.leaving:
+        raise ValueError(
+            f"The forward ran no convolution or linear layer of {type(model).__name__}; it must run the network that is to be cut."
+        )
+    return _graph(model, mode)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and then every submodule's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
+    classes = _classes(mode)
+    frozen: dict[int, str] = {}
+    for atoms, why in mode.frozen:
+        for channel_class in np.unique(classes[atoms]).tolist():
+            frozen.setdefault(channel_class, why)
+
+    def classify(vector: Vector) -> Vector:
+        return np.where(vector == FIXED, FIXED, classes[vector])
+
+    tensors: dict[str, dict[int, Vector]] = {}
+    for (name, dim), vector in mode.met.items():
+        if (vector != FIXED).any():
+            tensors.setdefault(name, {})[dim] = classify(vector)
+    layers = {}
+    for use in {use.weight: use for use in mode.uses}.values():
+        name = _layer_name(use.weight)
+        vector = mode.met[use.weight, use.out_dim]
+        layers[name] = Layer(name, use.weight, use.out_dim, classify(vector), mode.leaving[use.weight])
+    met = {name for name, _ in mode.met}
+    unused = [
+        path
+        for path, module in model.named_modules()
+        if path not in mode.called
+        and (own := [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)])
+        and not met.intersection(own)
+    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+    return ChannelGraph(layers, tensors, shapes, frozen, tuple(mode.uses), tuple(unused))
+
+
+def _classes(mode: LabelMode) -> Vector:
+    """The class of each atom, numbered by first appearance; the last entry serves FIXED and is never read."""
+    pairs = np.concatenate([np.zeros((2, 0), np.int64), *mode.ties], axis=1)
+    ones = np.ones(pairs.shape[1], dtype=np.int8)
+    matrix = coo_matrix((ones, (pairs[0], pairs[1])), shape=(mode.atoms, mode.atoms))
+    _, component = connected_components(matrix, directed=False)
+    return np.append(component.astype(np.int64), FIXED)
+
+
+def _layer_name(weight: str) -> str:
+    owner, _, leaf = weight.rpartition(".")
+    return owner if leaf == "weight" else weight

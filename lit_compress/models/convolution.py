@@ -1,0 +1,39 @@
+"""What the convolutional networks here have in common: conv, batch norm, ReLU, under names that can be read and matched."""
+
+from torch import nn
+
+
+def conv_bn_relu(name: str, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> dict[str, nn.Module]:
+    """A convolution that keeps the size of the map at stride 1, its batch norm and its ReLU, as named layers.
+
+    The convolution has no bias: the batch norm that follows subtracts any.
+
+    Args:
+        name: What tells this block from the others, e.g. ``"1_2"``.
+        in_channels: Channels that come in.
+        out_channels: Filters.
+        kernel_size: Side of the filters in pixels, odd.
+        stride: Step in pixels.
+
+    Returns:
+        The three layers in order, called ``conv<name>``, ``bn<name>`` and ``relu<name>``.
+
+    Example:
+        >>> list(conv_bn_relu("1_2", 3, 8))
+        ['conv1_2', 'bn1_2', 'relu1_2']
+    """
+    return {
+        f"conv{name}": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        f"bn{name}": nn.BatchNorm2d(out_channels),
+        f"relu{name}": nn.ReLU(),
+    }
+
+
+def init_convolutions(network: nn.Module) -> None:
+    """Draw every convolution's weights from N(0, 2 / (filters · kernel area)), in place.
+
+    Source: He et al., *Delving Deep into Rectifiers*, 2015, section 2.2, backward form.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,157 @@
+"""Fully connected networks and the two LeNets: small, and with sigmoid units where a method reads units as probabilities."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, nn
+
+Activation = Literal["relu", "sigmoid"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
+
+
+class MLP(nn.Module):
+    """Fully connected network with one activation after every layer but the last.
+
+    Layers are called ``fc1``, ``activation1``, ``fc2``, … in ``layers``. Weights are Xavier-uniform, biases zero.
+
+    Args:
+        in_features: Numbers in one sample, after flattening.
+        hidden: Width of each hidden layer, e.g. ``(120, 100)``.
+        num_classes: Width of the output.
+        activation: What follows every hidden layer.
+
+    Shape:
+        - input: ``(N, *)`` with ``in_features`` numbers a sample.
+        - output: logits ``(N, num_classes)``.
+
+    Raises:
+        ValueError: If a width is below 1 or the activation is unknown.
+
+    Source: *Parametric Information Bottleneck* pruning (PIBprune), table 4.1, sigmoid 120-100-10, 1000-200-10, 1000-500-10.
+
+    Example:
+        >>> import torch
+        >>> MLP(in_features=784, hidden=(120, 100), num_classes=10)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int], num_classes: int, activation: Activation = "relu") -> None:
+        super().__init__()
+        widths = (in_features, *hidden, num_classes)
+        if min(widths) < 1:
+            raise ValueError(f"Every layer needs a width of at least 1 but got {widths} from input to output.")
+        unit = _activation(activation)
+        self.flatten = nn.Flatten()
+        self.layers = nn.Sequential()
+        for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
+            self.layers.add_module(f"fc{number}", nn.Linear(inputs, outputs))
+            if number <= len(hidden):
+                self.layers.add_module(f"activation{number}", unit())
+        _init_xavier(self)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Logits of a batch."""
+        logits: Tensor = self.layers(self.flatten(samples))
+        return logits
+
+
+class LeNet300100(MLP):
+    """LeNet-300-100: hidden layers of 300 and 100 units, 266,610 parameters at the default sizes.
+
+    Args:
+        in_features: Numbers in one image: 784 for MNIST, 64 for the 8×8 digits.
+        num_classes: Width of the output.
+        activation: What follows both hidden layers: ``"relu"``, or ``"sigmoid"`` as PIBprune needs it.
+
+    Shape:
+        - input: images ``(N, *)`` with ``in_features`` numbers each; they are flattened.
+        - output: logits ``(N, num_classes)``.
+
+    Raises:
+        ValueError: If a width is below 1 or the activation is unknown.
+
+    Source: LeCun et al., *Gradient-Based Learning Applied to Document Recognition*, 1998; pruned in PIBprune, table 4.2.
+
+    Example:
+        >>> import torch
+        >>> LeNet300100(in_features=64)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, in_features: int = 784, num_classes: int = 10, activation: Activation = "relu") -> None:
+        super().__init__(in_features, hidden=(300, 100), num_classes=num_classes, activation=activation)
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 in its Caffe form, 20-50-500-10: 431,080 parameters on 28×28 grey images.
+
+    Two unpadded 5×5 convolutions, each followed by the activation and then by a 2×2 max-pool, and two fully connected layers
+    with the activation between. Caffe's own net has no activation after the convolutions; here it stands there too, because
+    a method that reads units as probabilities needs a sigmoid on *every* hidden layer. (Max-pooling before or after a
+    rising activation gives the same numbers.) Weights are Xavier-uniform as in Caffe, biases zero.
+
+    Args:
+        in_channels: Channels of an image.
+        num_classes: Width of the output.
+        activation: What follows ``conv1``, ``conv2`` and ``fc1``.
+        image_size: Height and width of an image in pixels, at least 16.
+
+    Shape:
+        - input: images ``(N, in_channels, image_size, image_size)``.
+        - output: logits ``(N, num_classes)``.
+
+    Raises:
+        ValueError: If the images are too small for the two convolutions and pools, or the activation is unknown.
+
+    Source: the LeNet that Caffe ships for MNIST, after LeCun et al., 1998; pruned in PIBprune, table 4.3.
+
+    Example:
+        >>> import torch
+        >>> LeNet5(activation="sigmoid")(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self, in_channels: int = 1, num_classes: int = 10, activation: Activation = "relu", image_size: int = 28
+    ) -> None:
+        super().__init__()
+        if image_size < 16:
+            raise ValueError(
+                f"LeNet-5 needs images of at least 16 by 16 pixels but got `image_size={image_size}`; enlarge them, "
+                "or take LeNet300100, which has no convolutions."
+            )
+        unit = _activation(activation)
+        side = ((image_size - 4) // 2 - 4) // 2  # each 5×5 convolution takes 4 pixels off, each pool halves: 28 → 12 → 4
+        self.conv1 = nn.Conv2d(in_channels, 20, kernel_size=5)
+        self.activation1 = unit()
+        self.pool1 = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(20, 50, kernel_size=5)
+        self.activation2 = unit()
+        self.pool2 = nn.MaxPool2d(2)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(50 * side * side, 500)
+        self.activation3 = unit()
+        self.fc2 = nn.Linear(500, num_classes)
+        _init_xavier(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of a batch."""
+        maps = self.pool1(self.activation1(self.conv1(images)))
+        maps = self.pool2(self.activation2(self.conv2(maps)))
+        logits: Tensor = self.fc2(self.activation3(self.fc1(self.flatten(maps))))
+        return logits
+
+
+def _activation(name: str) -> type[nn.Module]:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"Argument `activation` must be one of {sorted(_ACTIVATIONS)} but got {name!r}.")
+    return _ACTIVATIONS[name]
+
+
+def _init_xavier(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)

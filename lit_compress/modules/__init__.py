@@ -1,0 +1,5 @@
+"""LightningModules."""
+
+from lit_compress.modules.classifier import LitClassifier
+
+__all__ = ["LitClassifier"]

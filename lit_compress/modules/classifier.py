@@ -1,0 +1,132 @@
+"""The LightningModule that trains a network to classify."""
+
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LitClassifier(LightningModule):
+    """Train a network to name the class of each sample, by cross-entropy.
+
+    Batch: ``(samples (N, *), labels (N,) int64 below num_classes)``.
+    Logs, each as the mean over an epoch and over ranks: ``train/loss``, ``val/loss``, ``test/loss`` (cross-entropy in nats; label
+    smoothing counts in training alone) and ``train/accuracy``, ``val/accuracy``, ``test/accuracy`` (fraction of the samples).
+
+    Checkpoints hold weights and the plain numbers given here, so ``torch.load(weights_only=True)`` reads them. The network, the
+    optimizer and the scheduler are not among those numbers: give them again to ``load_from_checkpoint``; a run of the command
+    line has its config as their record.
+
+    Args:
+        net: Network to train, samples to logits ``(N, num_classes)``.
+        num_classes: Number of classes.
+        optimizer: From parameters to an optimizer: a class, a ``lambda``, or ``class_path`` and ``init_args`` in a config.
+            By default Adam with a learning rate of 1e-3.
+        scheduler: From the optimizer to a learning rate schedule, likewise; ``None`` keeps the rate. A ``ReduceLROnPlateau``
+            follows its own ``monitor`` if it has one, as Lightning's does, and otherwise ``val/loss``.
+        label_smoothing: Share of the target, in [0, 1], that is spread evenly over all classes in training.
+        scheduler_interval: Whether the schedule steps after every epoch or every optimizer step, as ``OneCycleLR`` wants it.
+
+    Raises:
+        ValueError: If a number is out of range, or the network's output is not ``num_classes`` wide.
+
+    Example:
+        >>> from lit_compress.datamodules import DigitsDataModule
+        >>> from lit_compress.models import LeNet300100
+        >>> classifier = LitClassifier(LeNet300100(in_features=64), num_classes=10)
+        >>> batch = next(iter(DigitsDataModule().test_dataloader()))
+        >>> classifier.predict_step(batch, batch_idx=0).shape
+        torch.Size([64, 10])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"Argument `num_classes` must be at least 2 but got {num_classes}.")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"Argument `label_smoothing` must lie in [0, 1] but got {label_smoothing}.")
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"Argument `scheduler_interval` must be 'epoch' or 'step' but got {scheduler_interval!r}.")
+        self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
+        self.net = net
+        self.num_classes = num_classes
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.label_smoothing = label_smoothing
+        self.scheduler_interval = scheduler_interval
+        self.train_accuracy = _accuracy(num_classes)
+        self.val_accuracy = _accuracy(num_classes)
+        self.test_accuracy = _accuracy(num_classes)
+
+    @override
+    def forward(self, samples: Tensor) -> Tensor:
+        logits: Tensor = self.net(samples)
+        return logits
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "train", self.train_accuracy, self.label_smoothing)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "val", self.val_accuracy)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "test", self.test_accuracy)
+
+    @override
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Probability of each class, ``(N, num_classes)``, for samples with or without labels."""
+        samples = batch if isinstance(batch, Tensor) else batch[0]
+        return self(samples).softmax(dim=-1)  # type: ignore[no-any-return]
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        schedule: Any = {
+            "scheduler": scheduler,
+            "interval": self.scheduler_interval,
+            "monitor": getattr(scheduler, "monitor", "val/loss"),  # read by ReduceLROnPlateau alone
+        }
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _step(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0) -> Tensor:
+        samples, labels = batch
+        logits = self(samples)
+        if logits.shape != (len(labels), self.num_classes):
+            raise ValueError(
+                f"Expected logits of shape {(len(labels), self.num_classes)}, as `num_classes={self.num_classes}` says, but the "
+                f"network gave {tuple(logits.shape)}."
+            )
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        accuracy.update(logits, labels)
+        count = len(labels)
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
+        # A metric adds up over ranks by itself.
+        self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
+        return loss
+
+
+def _accuracy(num_classes: int) -> MulticlassAccuracy:
+    # The shape is checked in the step; torchmetrics' own checks would wait for the device in every batch.
+    return MulticlassAccuracy(num_classes, average="micro", validate_args=False)

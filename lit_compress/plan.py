@@ -1,0 +1,198 @@
+"""Which indices of which dimension of every tensor remain, and how to bring anything that holds such tensors along."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lit_compress.naming import relocation
+from lit_compress.recipe import Recipe
+from lit_compress.slicing import all_tensors, cut_tensors
+
+FORMAT = 1
+Dims: TypeAlias = Mapping[int, tuple[int, ...]]
+_ATTRIBUTE = "lit_compress_plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a cut does to every parameter and buffer; all that must follow a cut follows from it.
+
+    Args:
+        recipe: The channels kept in every layer that lost some, tied layers included.
+        keep: Name of a parameter or buffer to, for each dimension that is cut, the ascending indices kept. A tensor that is
+            registered under several names (tied weights) is listed under each.
+        shapes: Shape before the cut of each tensor in ``keep``.
+        transient: Those in ``keep`` that a state dict does not hold (buffers that are not persistent).
+    """
+
+    recipe: Recipe
+    keep: Mapping[str, Dims]
+    shapes: Mapping[str, tuple[int, ...]]
+    transient: tuple[str, ...] = ()
+    _names: Any = field(default=None, repr=False, compare=False)  # parameter of the model cut -> its name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan.from_dict, (self.to_dict(),)
+
+    def shape_after(self, name: str, before: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Shape of a tensor after the cut; ``before`` is needed for one that the plan leaves whole."""
+        dims = self.keep.get(name, {})
+        shape = self.shapes.get(name, before)
+        if shape is None:
+            raise ValueError(f"The plan does not know tensor {name!r}.")
+        return tuple(len(dims[dim]) if dim in dims else size for dim, size in enumerate(shape))
+
+    def then(self, following: Plan) -> Plan:
+        """One plan for two cuts in a row, relative to the network before the first."""
+        keep = {name: dict(dims) for name, dims in self.keep.items()}
+        shapes = dict(self.shapes)
+        for name, dims in following.keep.items():
+            shapes.setdefault(name, following.shapes[name])
+            mine = keep.setdefault(name, {})
+            for dim, indices in dims.items():
+                before = mine.get(dim)
+                mine[dim] = indices if before is None else tuple(before[index] for index in indices)
+        transient = tuple(sorted({*self.transient, *following.transient}))
+        return Plan(recipe=self.recipe.then(following.recipe), keep=keep, shapes=shapes, transient=transient)
+
+    def renamed(self, *, add: str = "", drop: str = "") -> Plan:
+        """The same plan for a network that holds this one's as a submodule (``add="net."``), or is held by it."""
+        names = {name: add + name.removeprefix(drop) for name in self.keep if name.startswith(drop)}
+        return Plan(
+            recipe=self.recipe.renamed(add=add, drop=drop),
+            keep={new: self.keep[name] for name, new in names.items()},
+            shapes={new: self.shapes[name] for name, new in names.items()},
+            transient=tuple(names[name] for name in self.transient if name in names),
+        )
+
+    def bound_to(self, model: nn.Module) -> Plan:
+        """The plan with the parameters of the network that it cuts, so that an optimizer's can be told apart."""
+        names: Any = WeakTensorKeyDictionary()
+        for name, parameter in model.named_parameters():
+            names[parameter] = name
+        return replace(self, _names=names)
+
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """What remains of a tensor that has the shape of parameter or buffer ``name``.
+
+        Raises:
+            ValueError: If the tensor does not have the shape that ``name`` had before the cut.
+        """
+        dims = self.keep.get(name)
+        if not dims:
+            return tensor
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise ValueError(
+                f"Tensor {name!r} should have shape {self.shapes[name]} before the cut but has {tuple(tensor.shape)}; "
+                "it was cut already, or belongs to another network."
+            )
+        taken = tensor
+        for dim, indices in dims.items():
+            taken = taken.index_select(dim, torch.tensor(indices, device=tensor.device))
+        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            taken = taken.contiguous(memory_format=torch.channels_last)
+        return taken
+
+    def apply_to(self, target: Optimizer | nn.Module | MutableMapping[str, Tensor]) -> None:
+        """Cut, in place, something that goes with the network: it follows the cut and stays the object it was.
+
+        Args:
+            target: An optimizer over the network's parameters (its state is sliced; groups and options stay), a copy of the
+                network (an average of its weights, say, however wrapped), or a state dict of it.
+
+        Raises:
+            ValueError: If ``target`` does not fit the plan. It is then unchanged.
+            TypeError: If ``target`` is none of these.
+        """
+        if isinstance(target, Optimizer):
+            self._apply_to_optimizer(target)
+        elif isinstance(target, nn.Module):
+            fitted = self._fitted(all_tensors(target).keys(), "module")
+            cut_tensors(target, fitted.keep, fitted.take)
+        elif isinstance(target, MutableMapping):
+            stored = replace(self, keep={name: dims for name, dims in self.keep.items() if name not in self.transient})
+            fitted = stored._fitted(target.keys(), "state dict")
+            target.update({name: fitted.take(name, target[name]) for name in fitted.keep})
+        else:
+            raise TypeError(f"Expected an optimizer, a module or a state dict but got {type(target).__name__}.")
+
+    def _apply_to_optimizer(self, optimizer: Optimizer) -> None:
+        if self._names is None:
+            raise ValueError("This plan knows no parameters, only names; bind it to the network that was cut: plan.bound_to(model).")
+        new: list[tuple[dict[str, Any], str, Tensor]] = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.get(parameter)
+                if name not in self.keep:
+                    continue
+                state = optimizer.state.get(parameter, {})
+                for key, value in state.items():
+                    if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1:
+                        continue
+                    if tuple(value.shape) != self.shapes[name]:
+                        raise ValueError(
+                            f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for parameter {name!r} of shape "
+                            f"{self.shapes[name]}; only state of the parameter's own shape can follow a cut. Cut before training starts."
+                        )
+                    new.append((state, key, self.take(name, value)))
+        for state, key, value in new:
+            state[key] = value
+
+    def _fitted(self, names: Collection[str], what: str) -> Plan:
+        """This plan under the names that the target uses."""
+        change = relocation(self.keep, names)
+        if change is None:
+            missing = sorted(set(self.keep) - set(names))
+            raise ValueError(f"The {what} lacks {missing[:3]}, which the plan cuts; it belongs to another network.")
+        return self.renamed(add=change.add, drop=change.drop)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Builtin types only, so that JSON and ``torch.load(weights_only=True)`` take it."""
+        keep = {name: {str(dim): list(indices) for dim, indices in dims.items()} for name, dims in self.keep.items()}
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        transient = list(self.transient)
+        return {"format": FORMAT, "recipe": self.recipe.to_dict(), "keep": keep, "shapes": shapes, "transient": transient}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If the format is from the future.
+        """
+        if data.get("format") != FORMAT:
+            raise ValueError(
+                f"The plan has format {data.get('format')} but this version of lit-compress reads format {FORMAT}; upgrade lit-compress."
+            )
+        keep = {name: {int(dim): tuple(indices) for dim, indices in dims.items()} for name, dims in data["keep"].items()}
+        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+        return cls(recipe=Recipe.from_dict(data["recipe"]), keep=keep, shapes=shapes, transient=tuple(data["transient"]))
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Everything that was cut out of a network so far, relative to the network as it was built; None if nothing was.
+
+    Also finds what was cut out of a submodule on its own.
+    """
+    found: Plan | None = vars(model).get(_ATTRIBUTE)
+    for path, module in model.named_modules():
+        inner: Plan | None = vars(module).get(_ATTRIBUTE) if path else None
+        if inner is not None:
+            inner = inner.renamed(add=path + ".")
+            found = inner if found is None else found.then(inner)
+    return found
+
+
+def note_plan(model: nn.Module, plan: Plan | None) -> None:
+    """Make ``plan`` what :func:`plan_of` answers. It travels with copies and pickles of the network, not in its state dict."""
+    for module in model.modules():
+        vars(module).pop(_ATTRIBUTE, None)
+    if plan is not None:
+        vars(model)[_ATTRIBUTE] = plan

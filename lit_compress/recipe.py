@@ -1,0 +1,163 @@
+"""Which output channels of each layer stay: plain data between choosing and cutting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which output channels of each layer survive.
+
+    Plain data on purpose: it reads in a diff, logs as an artifact, and cuts a fresh network before weights load. Indices are
+    always relative to the network that was never cut; :meth:`then` composes one cut with the next.
+
+    Args:
+        keep: Layer name, as in ``model.named_modules()``, to the ascending indices of the output channels kept. A layer
+            that is tied to a named one (by a skip connection, say) follows it and need not be named.
+        method: What chose them, written so that a reader can redo it, e.g. ``"pfa(energy=0.95)"``.
+        original: Output channels of every layer of the network that the recipe was made on. It is the recipe's
+            fingerprint: a network that differs is refused. Empty for a recipe written by hand.
+
+    Raises:
+        ValueError: If a layer keeps nothing, its indices are not ascending and distinct, or one lies outside the layer.
+
+    Example:
+        >>> Recipe(keep={"conv1": (0, 3)}, method="by hand").widths
+        {'conv1': 2}
+    """
+
+    keep: Mapping[str, tuple[int, ...]]
+    method: str = "by hand"
+    original: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keep = {layer: _indices(layer, channels) for layer, channels in self.keep.items()}
+        original = {layer: int(width) for layer, width in self.original.items()}
+        for layer, channels in keep.items():
+            if original and layer not in original:
+                raise ValueError(f"Layer {layer!r} is in `keep` but not in `original`, which lists every layer of the network.")
+            if channels[-1] >= original.get(layer, channels[-1] + 1):
+                raise ValueError(f"Layer {layer!r} has {original[layer]} channels but would keep channel {channels[-1]}.")
+        # Frozen to the bottom: nobody can edit a recipe that a checkpoint or a plan also holds.
+        object.__setattr__(self, "keep", MappingProxyType(keep))
+        object.__setattr__(self, "original", MappingProxyType(original))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recipe.from_dict, (self.to_dict(),)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Output channels left in each layer named."""
+        return {layer: len(channels) for layer, channels in self.keep.items()}
+
+    def then(self, following: Recipe) -> Recipe:
+        """One recipe for two cuts in a row.
+
+        Args:
+            following: A recipe made on the network that this one has cut.
+
+        Returns:
+            A recipe relative to the network that was never cut.
+
+        Raises:
+            ValueError: If ``following`` keeps a channel that this recipe has removed.
+
+        Example:
+            >>> first = Recipe(keep={"conv1": (0, 3, 5)})
+            >>> dict(first.then(Recipe(keep={"conv1": (1, 2)})).keep)
+            {'conv1': (3, 5)}
+        """
+        keep = dict(self.keep)
+        for layer, channels in following.keep.items():
+            before = keep.get(layer)
+            if before is not None and channels[-1] >= len(before):
+                raise ValueError(f"Layer {layer!r} was cut to {len(before)} channels but would keep channel {channels[-1]}.")
+            keep[layer] = channels if before is None else tuple(before[channel] for channel in channels)
+        before_any = {layer: width for layer, width in following.original.items() if layer not in self.keep}
+        original = dict(self.original) or (before_any if not self.keep else {})
+        method = following.method if not self.keep else f"{self.method} then {following.method}"
+        return Recipe(keep=keep, method=method, original=original)
+
+    def renamed(self, *, add: str = "", drop: str = "") -> Recipe:
+        """The same recipe for a network that holds this one's as a submodule, or is held by it.
+
+        Args:
+            add: Prefix to put before every layer name, with its dot: ``"net."``.
+            drop: Prefix to take away. Layers without it are left out.
+
+        Example:
+            >>> dict(Recipe(keep={"conv1": (0,)}).renamed(add="net.").keep)
+            {'net.conv1': (0,)}
+        """
+
+        def rename(names: Mapping[str, Any]) -> dict[str, Any]:
+            return {add + name.removeprefix(drop): value for name, value in names.items() if name.startswith(drop)}
+
+        return Recipe(keep=rename(self.keep), method=self.method, original=rename(self.original))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Builtin types only, so that JSON and ``torch.load(weights_only=True)`` take it."""
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "keep": {layer: list(channels) for layer, channels in self.keep.items()},
+            "original": dict(self.original),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If the format is from the future, or a field is missing or malformed.
+        """
+        if not isinstance(data, Mapping) or "keep" not in data or not isinstance(data["keep"], Mapping):
+            raise ValueError("Expected a recipe with a field `keep` (layer name to kept channels) but got something else.")
+        if data.get("format", FORMAT) != FORMAT:
+            raise ValueError(
+                f"The recipe has format {data['format']} but this version of lit-compress reads format {FORMAT}; upgrade lit-compress."
+            )
+        return cls(keep=data["keep"], method=data.get("method", "by hand"), original=data.get("original", {}))
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as JSON, one layer a line."""
+        data = self.to_dict()
+        lines = [f"    {json.dumps(layer)}: {json.dumps(channels)}" for layer, channels in data.pop("keep").items()]
+        head = json.dumps(data, indent=2).removesuffix("\n}")
+        Path(path).write_text(f'{head},\n  "keep": {{\n' + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is not a recipe.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a recipe: {error}.") from error
+        return cls.from_dict(data)
+
+
+def _indices(layer: str, channels: Iterable[int]) -> tuple[int, ...]:
+    try:
+        indices = tuple(channels)
+    except TypeError:
+        raise ValueError(f"Layer {layer!r} must keep a list of channel indices but got {channels!r}.") from None
+    if not indices:
+        raise ValueError(f"Layer {layer!r} would keep no channel; leave it out of `keep` to leave it whole.")
+    if any(isinstance(index, bool) or not hasattr(index, "__index__") for index in indices):
+        raise ValueError(f"Channels of layer {layer!r} must be integers but got {indices}.")
+    indices = tuple(index.__index__() for index in indices)
+    if indices[0] < 0 or any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
+        raise ValueError(f"Channels of layer {layer!r} must be non-negative and ascend without repeats but got {indices}.")
+    return indices

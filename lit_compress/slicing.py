@@ -1,0 +1,132 @@
+"""Make the tensors of a network smaller without replacing them.
+
+A parameter stays the object it was: optimizers, tied modules, hooks and attributes on it hold on. Only its storage is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The attributes of a module that repeat what its tensors' shapes say.
+_SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
+    (nn.modules.conv._ConvTransposeNd, lambda m: {"in_channels": m.weight.shape[0], "out_channels": m.weight.shape[1] * m.groups}),
+    (nn.modules.conv._ConvNd, lambda m: _convolution_sizes(m)),
+    (nn.Linear, lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]}),
+    (nn.modules.batchnorm._NormBase, lambda m: _norm_sizes(m)),
+    (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
+)
+
+
+def _convolution_sizes(conv: nn.modules.conv._ConvNd) -> dict[str, int]:
+    out_channels = conv.weight.shape[0]
+    groups = out_channels if conv.groups == conv.in_channels == conv.out_channels else conv.groups
+    return {"out_channels": out_channels, "in_channels": conv.weight.shape[1] * groups, "groups": groups}
+
+
+def _norm_sizes(norm: nn.modules.batchnorm._NormBase) -> dict[str, int]:
+    tensor = norm.weight if norm.weight is not None else norm.running_mean
+    return {} if tensor is None else {"num_features": tensor.shape[0]}
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name it has."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def set_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a parameter or buffer other storage, possibly of another shape; it stays the same object.
+
+    Autograd may still hold an accumulator for the old shape, for as long as a user keeps an old loss alive. It is only
+    renewed when the dtype changes, so the dtype is changed on the way.
+    """
+    if tensor.requires_grad and tensor.shape != data.shape:
+        other = torch.float16 if tensor.dtype == torch.float32 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+
+
+class Undo:
+    """What it takes to put tensors and attributes back: references to the old storage, no copies."""
+
+    def __init__(self) -> None:
+        self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._attributes: list[tuple[nn.Module, str, int]] = []
+
+    def remember(self, tensor: Tensor) -> None:
+        """Keep the present storage and gradient of a tensor."""
+        self._tensors.append((tensor, tensor.data, tensor.grad))
+
+    def remember_attribute(self, module: nn.Module, name: str) -> None:
+        """Keep the present value of a module's attribute."""
+        self._attributes.append((module, name, getattr(module, name)))
+
+    def __call__(self) -> None:
+        """Put everything back."""
+        for module, name, value in reversed(self._attributes):
+            setattr(module, name, value)
+        for tensor, data, grad in reversed(self._tensors):
+            tensor.grad = None
+            set_data(tensor, data)
+            tensor.grad = grad
+
+
+def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, Tensor], Tensor]) -> Undo:
+    """Slice the parameters and buffers of a network, their gradients, and the sizes that its modules note.
+
+    Args:
+        model: The network, changed in place.
+        keep: The names to slice.
+        take: From a name and a tensor of its shape to what remains, as :meth:`Plan.take`.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        ValueError: If a tensor is missing or has another shape. Nothing is changed then.
+    """
+    tensors = all_tensors(model)
+    if missing := sorted(set(keep) - set(tensors)):
+        raise ValueError(f"{type(model).__name__} lacks {missing[:3]}, which the plan cuts; it is another network.")
+    once = {id(tensors[name]): name for name in keep}
+    with torch.no_grad():
+        data = {name: take(name, tensors[name].data) for name in once.values()}
+        grads = {name: take(name, grad) for name in once.values() if (grad := tensors[name].grad) is not None}
+    undo = Undo()
+    for name in once.values():
+        tensor = tensors[name]
+        undo.remember(tensor)
+        tensor.grad = None
+        set_data(tensor, data[name])
+        tensor.grad = grads.get(name)
+    owners = {name.rpartition(".")[0] for name in keep}
+    for path in sorted(owners):
+        _note_sizes(model.get_submodule(path), undo)
+    return undo
+
+
+def _note_sizes(module: nn.Module, undo: Undo) -> None:
+    for kind, sizes in _SIZES:
+        if isinstance(module, kind):
+            for name, size in sizes(module).items():
+                undo.remember_attribute(module, name)
+                setattr(module, name, size)
+            return
+
+
+@contextmanager
+def substituted(tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Other values for some tensors, for as long as the context lasts."""
+    undo = Undo()
+    try:
+        for tensor, data in tensors.items():
+            undo.remember(tensor)
+            tensor.grad = None
+            set_data(tensor, data)
+        yield
+    finally:
+        undo()

@@ -1,0 +1,188 @@
+"""Cut channels out of a network: turn a recipe into a plan, apply it, and prove that the result is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import nn
+
+from lit_compress.graph import ChannelGraph, trace
+from lit_compress.labels import FIXED
+from lit_compress.naming import relocation
+from lit_compress.plan import Plan, note_plan, plan_of
+from lit_compress.recipe import Recipe
+from lit_compress.selfcheck import SelfCheck
+from lit_compress.slicing import all_tensors, cut_tensors
+
+# How to run the network on inputs as it is used; returns what leaves it.
+ForwardFn: TypeAlias = Callable[[nn.Module, Any], Any]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The default way to run a network: a tuple or list holds its positional arguments, anything else is the only one."""
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def cut(
+    model: nn.Module,
+    recipe: Recipe,
+    example_inputs: Any,
+    *,
+    forward_fn: ForwardFn = call,
+    verify: bool = True,
+    graph: ChannelGraph | None = None,
+) -> Plan:
+    """Remove channels from a network, in place, and from everything inside it that runs along them.
+
+    The cut network computes what the uncut one computes with the removed channels set to zero where they enter their consumers.
+    Parameters stay the objects they were, with their hooks, attributes and ``requires_grad``; so do all modules.
+
+    Args:
+        model: The network. Training mode, hooks and order of parameters stay as they are.
+        recipe: The channels to keep, relative to ``model`` as it is now. Layers tied to a named one follow it. Names may also be
+            those of a module that holds ``model``, or of one that ``model`` holds.
+        example_inputs: Real inputs; a batch of one or two is enough. A tuple or list holds positional arguments.
+        forward_fn: How to run the network on ``example_inputs``, where ``model(*example_inputs)`` is not it.
+        verify: Check the cut on ``example_inputs`` and put everything back if it is not exact.
+        graph: From :func:`~lit_compress.graph.trace`, if the network was traced already.
+
+    Returns:
+        What was cut, for :meth:`Plan.apply_to` on optimizers, weight averages and state dicts.
+
+    Raises:
+        ValueError: If the recipe names an unknown layer, was made for another network, removes channels that cannot be cut, contradicts
+            itself on tied layers, or the self-check fails. The network is then as it was.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan = cut(net, Recipe(keep={"0": (1, 5)}), torch.rand(1, 4))
+        >>> net
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=2, out_features=2, bias=True)
+        )
+    """
+    if graph is None:
+        graph = trace(model, lambda: forward_fn(model, example_inputs))
+    plan = _for_model(make_plan(graph, recipe), model)
+    before = plan_of(model)
+    check = SelfCheck(model, graph, plan, forward_fn, example_inputs) if verify and plan.keep else None
+    undo = cut_tensors(model, plan.keep, plan.take)
+    try:
+        if check is not None:
+            check.compare()
+    except BaseException:
+        undo()
+        raise
+    note_plan(model, plan if before is None else before.then(plan))
+    return plan.bound_to(model)
+
+
+def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
+    """Work out what a recipe removes from every parameter and buffer, without touching the network.
+
+    Args:
+        graph: The network's graph.
+        recipe: The channels to keep, relative to the network traced.
+
+    Returns:
+        The plan, with a recipe that names every layer that loses channels.
+
+    Raises:
+        ValueError: As :func:`cut`.
+    """
+    recipe = _placed(graph, recipe)
+    removed = _removed_classes(graph, recipe)
+    _refuse_contradictions(graph, recipe, removed)
+    keep: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, dims in graph.tensors.items():
+        for dim, classes in dims.items():
+            stays = ~np.isin(classes, removed)
+            if not stays.all():
+                keep.setdefault(name, {})[dim] = tuple(np.flatnonzero(stays).tolist())
+    kept = {
+        name: keep[layer.weight][layer.dim] for name, layer in graph.layers.items() if layer.dim in keep.get(layer.weight, {})
+    }
+    widths = {name: len(layer.classes) for name, layer in graph.layers.items()}
+    complete = Recipe(keep=kept, method=recipe.method, original=widths)
+    return Plan(recipe=complete, keep=keep, shapes={name: graph.shapes[name] for name in keep})
+
+
+def _for_model(plan: Plan, model: nn.Module) -> Plan:
+    """The plan with every name that a tensor goes by, and a note of which ones no state dict holds."""
+    tensors = all_tensors(model)
+    first = {id(tensors[name]): name for name in plan.keep}
+    names = {name: first[id(tensor)] for name, tensor in tensors.items() if id(tensor) in first}
+    stored = model.state_dict(keep_vars=True).keys()
+    return replace(
+        plan,
+        keep={name: plan.keep[source] for name, source in names.items()},
+        shapes={name: plan.shapes[source] for name, source in names.items()},
+        transient=tuple(name for name in names if name not in stored),
+    )
+
+
+def _placed(graph: ChannelGraph, recipe: Recipe) -> Recipe:
+    """The recipe under the names of the traced network, after checking that it was made for it."""
+    names = {*recipe.keep, *recipe.original}
+    if not names:
+        return recipe
+    change = relocation(names, graph.layers.keys())
+    if change is None:
+        unknown = sorted(names - graph.layers.keys())
+        raise ValueError(
+            f"The recipe names {_listed(unknown)}, which the network does not have or does not run; its layers are {_listed(graph.layers)}."
+        )
+    recipe = recipe.renamed(add=change.add, drop=change.drop)
+    for name, width in recipe.original.items():
+        if width != len(graph.layers[name].classes):
+            raise ValueError(
+                f"The recipe was made for another network: its layer {name!r} has {width} channels, this network's has "
+                f"{len(graph.layers[name].classes)}."
+            )
+    for name, channels in recipe.keep.items():
+        if channels[-1] >= len(graph.layers[name].classes):
+            raise ValueError(f"Layer {name!r} has {len(graph.layers[name].classes)} channels but would keep channel {channels[-1]}.")
+    return recipe
+
+
+def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    removed: set[int] = set()
+    for name, channels in recipe.keep.items():
+        classes = graph.layers[name].classes
+        for index in sorted(set(range(len(classes))) - set(channels)):
+            channel_class = int(classes[index])
+            if channel_class == FIXED or channel_class in graph.frozen:
+                why = graph.frozen.get(channel_class, "its channels come from the network's input")
+                raise ValueError(f"Channel {index} of layer {name!r} cannot be removed: {why}. Leave the layer out of the recipe.")
+            removed.add(channel_class)
+    return np.array(sorted(removed), dtype=np.int64)
+
+
+def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    for name, layer in graph.layers.items():
+        gone = np.isin(layer.classes, removed)
+        if gone.all():
+            raise ValueError(f"Layer {name!r} would keep no channel.")
+        wanted = gone[list(recipe.keep.get(name, ()))]
+        if wanted.any():
+            channel = recipe.keep[name][int(np.argmax(wanted))]
+            other = next(
+                other for other in recipe.keep if int(layer.classes[channel]) in graph.layers[other].classes[
+                    sorted(set(range(len(graph.layers[other].classes))) - set(recipe.keep[other]))
+                ]
+            )  # fmt: skip
+            raise ValueError(
+                f"The recipe keeps channel {channel} of layer {name!r} but removes it from {other!r}, which is tied to it; "
+                "name only one of them."
+            )
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    listed = list(names)
+    return ", ".join(repr(name) for name in listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

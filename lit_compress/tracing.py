@@ -1,0 +1,568 @@
+"""Run a network once on labels: every operation says what it does to the channels that enter it.
+
+Data movement is applied to the labels by the very same operation. Element-wise operations tie the labels of their operands.
+Convolution and linear *end* labels on their input side and start new ones on their output side. Everything that is not known to
+keep channels apart freezes the channels that meet there: no guess is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, to_numpy, varies, vector_along
+
+Vector: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
+# For each dimension of a tensor made from parameters: the (parameter or buffer, dimension) pairs that run along it.
+Origin: TypeAlias = tuple[frozenset[tuple[str, int]], ...]
+
+_BATCH_NORMS = {
+    "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update",
+    "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+}  # fmt: skip
+# Mix positions, never channels. The digit in the name is the number of trailing dimensions that are mixed.
+_POOLS = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "max_unpool", "upsample_", "_upsample_",
+          "reflection_pad", "replication_pad", "grid_sampler_", "fractional_max_pool")  # fmt: skip
+# Reduce or mix along `dim`; harmless to channels that lie along other dimensions.
+_ALONG_DIM = {
+    "mean", "sum", "nansum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp",
+    "any", "all", "argmax", "argmin", "median", "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "topk",
+}  # fmt: skip
+_SHAPE_ONLY = {
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift",
+    "repeat", "view_as_real", "_conj",
+}  # fmt: skip
+_RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+# Pick by position along a dimension: on a dimension that carries channels, the positions would be others after a cut.
+_POSITIONAL = {"slice", "select", "split", "split_with_sizes", "unbind", "narrow", "roll", "flip", "index_select", "index", "gather", "unfold"}
+_SAME_SHAPE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
+_NO_EFFECT = {"size", "sym_size", "sym_numel", "stride", "new_empty", "new_zeros", "new_ones", "new_full", "is_same_size", "_has_same_storage_numel"}
+# Element-wise, though not tagged so in every version of torch.
+_POINTWISE = {"copy", "hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "elu", "silu", "gelu", "clamp", "masked_fill", "where", "native_dropout",
+              "bernoulli", "relu", "relu6", "threshold", "_prelu_kernel", "celu", "selu", "mish", "softplus", "log_sigmoid_forward"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One application of a weight in the traced forward.
+
+    Args:
+        weight: Name of the weight parameter.
+        out_dim: Its dimension of output channels.
+        in_dim: Its dimension of input channels.
+        positions: How many times each element is multiplied, over the whole batch traced.
+    """
+
+    weight: str
+    out_dim: int
+    in_dim: int
+    positions: int
+
+
+class LabelMode(TorchDispatchMode):
+    """Follows channels through everything that runs inside it.
+
+    Args:
+        model: The network whose parameters and buffers are recognised. Its forward is to be run inside the mode, without
+            gradient and outside inference mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.atoms = 0
+        self.ties: list[Vector] = []  # (2, n): atoms that are cut together
+        self.frozen: list[tuple[Vector, str]] = []
+        self.met: dict[tuple[str, int], Vector] = {}  # labels along each dimension of each parameter and buffer
+        self.uses: list[WeightUse] = []
+        self.leaving: dict[str, bool] = {}  # weights in the order met -> whether the layer makes channels of its own
+        self.called: set[str] = set()
+        self._labels: Any = WeakTensorKeyDictionary()
+        self._origins: Any = WeakTensorKeyDictionary()
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._stack: list[str] = [""]
+        for name, tensor in named_tensors(model):
+            self._origins[tensor] = tuple(frozenset({(name, dim)}) for dim in range(tensor.ndim))
+
+    # ---------------------------------------------------------------- where we are
+
+    @contextmanager
+    def following(self) -> Iterator[LabelMode]:
+        """Enter the mode and keep track of the module that runs, so that refusals can name it."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            path = self._paths.get(id(module), self._stack[-1])
+            self.called.add(path)
+            self._stack.append(path)
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            self._stack.pop()
+
+        hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            with torch.no_grad(), self:
+                yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def where(self) -> str:
+        """The module that is running."""
+        return repr(self._stack[-1]) if self._stack[-1] else "the forward"
+
+    # ---------------------------------------------------------------- what is found out
+
+    def tie(self, first: Vector, second: Vector, why: str) -> None:
+        """Channels at the same place of both vectors are cut together; what meets something fixed stays."""
+        free = (first != FIXED) & (second != FIXED)
+        differ = free & (first != second)
+        if differ.any():
+            self.ties.append(np.stack([first[differ], second[differ]]))
+        if not free.all():
+            self.freeze(np.where(first == FIXED, second, first)[~free], why)
+
+    def freeze(self, atoms: Tensor | Vector | None, why: str) -> None:
+        """These channels cannot be cut."""
+        if atoms is None:
+            return
+        met = np.unique(to_numpy(atoms) if isinstance(atoms, Tensor) else atoms)
+        met = met[met != FIXED]
+        if len(met):
+            self.frozen.append((met, why))
+
+    def meet(self, axis: Iterable[tuple[str, int]], vector: Vector, why: str) -> None:
+        """Parameters that run along `axis` have these channels there."""
+        for key in axis:
+            if key in self.met:
+                self.tie(self.met[key], vector, why)
+            else:
+                self.met[key] = vector
+
+    def pin(self, tensor: Tensor, why: str) -> None:
+        """A parameter is used in a way that is not understood: none of its dimensions may be cut."""
+        origin = self._origins.get(tensor)
+        for dim, axis in enumerate(origin or ()):
+            self.meet(axis, np.full(tensor.shape[dim], FIXED), why)
+
+    def freeze_outputs(self, outputs: Any) -> None:
+        """What the network returns keeps its channels."""
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                self.freeze(self._labels.get(tensor), "they are the output of the network")
+
+    # ---------------------------------------------------------------- one operation
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(tensor in self._labels or tensor in self._origins for tensor in tensors):
+            schema = func._schema.arguments
+            bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+            bound |= dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
+            self._rule(func)(_Call(func, args, kwargs, bound, tensors, out))
+        return out
+
+    def _rule(self, func: Any) -> Callable[[_Call], None]:
+        name = func.overloadpacket.__name__
+        plain = name.removesuffix("_") if not name.startswith("__") else name
+        if name == "convolution":
+            return self._convolution
+        if name in ("addmm", "mm", "linear"):
+            return self._linear
+        if name in _BATCH_NORMS:
+            return self._batch_norm
+        if name in ("cat", "stack"):
+            return self._concatenation
+        if name == "constant_pad_nd":
+            return self._constant_pad
+        if name.startswith(_POOLS) and any(f"{digit}d" in name for digit in "123"):
+            return self._pool
+        if plain in _RESHAPES:
+            return self._reshape
+        if plain in _SHAPE_ONLY or plain in _POSITIONAL:
+            return self._movement
+        if name in _SAME_SHAPE:
+            return self._same_shape
+        if name in _NO_EFFECT:
+            return self._no_effect
+        if name in _ALONG_DIM and "dim" in {argument.name for argument in func._schema.arguments}:
+            return self._along_dim
+        if (plain in _POINTWISE or torch.Tag.pointwise in func.tags) and not name.startswith("_foreach"):
+            return self._pointwise
+        return self._barrier
+
+    def _label(self, tensor: Any) -> Tensor | None:
+        label: Tensor | None = self._labels.get(tensor) if isinstance(tensor, Tensor) else None
+        return label
+
+    def _barrier(self, call: _Call) -> None:
+        why = f"{call.name} in {self.where} is not known to keep channels apart"
+        for tensor in call.tensors:
+            self.freeze(self._label(tensor), why)
+            self.pin(tensor, why)
+        for tensor in call.outputs:
+            self._labels.pop(tensor, None)  # an operation in place may have overwritten what was labelled
+
+    def _no_effect(self, call: _Call) -> None:
+        pass
+
+    def _convolution(self, call: _Call) -> None:
+        x, weight, bias = call.bound["input"], call.bound["weight"], call.bound.get("bias")
+        groups, transposed = call.bound["groups"], call.bound["transposed"]
+        spatial = weight.ndim - 2
+        size = x.shape if transposed else call.first.shape
+        positions = int(np.prod(size[-spatial:])) * (size[0] if len(size) > spatial + 1 else 1)
+        out_dim, in_dim = (1, 0) if transposed else (0, 1)
+        self._contract(call, x, x.ndim - spatial - 1, weight, out_dim, in_dim, bias, positions, groups)
+
+    def _linear(self, call: _Call) -> None:
+        if call.name == "linear":
+            x, weight, bias, out_dim, in_dim = call.bound["input"], call.bound["weight"], call.bound.get("bias"), 0, 1
+        else:
+            x, weight = call.bound.get("mat1", call.bound["self"]), call.bound["mat2"]
+            bias, out_dim, in_dim = (call.bound["self"] if call.name == "addmm" else None), 1, 0
+        if self._origins.get(weight) is None and self._label(weight) is not None:
+            return self._barrier(call)  # a product of two activations
+        return self._contract(call, x, x.ndim - 1, weight, out_dim, in_dim, bias, int(np.prod(x.shape[:-1])), 1)
+
+    def _contract(
+        self, call: _Call, x: Tensor, dim: int, weight: Tensor, out_dim: int, in_dim: int, bias: Tensor | None, positions: int, groups: int
+    ) -> None:
+        """End the labels of `x` along `dim` and start new ones on the output."""
+        origin, labels = self._origins.get(weight), self._label(x)
+        if origin is None or not origin[out_dim] or dict(origin[in_dim]).keys() != dict(origin[out_dim]).keys():
+            self.freeze(labels, f"the weight of {call.name} in {self.where} is computed from other tensors (weight norm, say)")
+            if bias is not None:
+                self.pin(bias, f"{self.where} is left whole")
+            return
+        entering = np.full(x.shape[dim], FIXED)
+        if labels is not None:
+            vector = vector_along(labels, dim)
+            if vector is None:
+                self.freeze(labels, f"channels are mixed with positions where they enter {self.where}")
+            else:
+                entering = vector.numpy().astype(np.int64)
+        width = call.first.shape[dim]
+        transposed = bool(call.bound.get("transposed", False))
+        depthwise = groups > 1 and groups == x.shape[dim] == width and not transposed
+        leaving = entering if depthwise else np.arange(self.atoms, self.atoms + width)
+        self.atoms += 0 if depthwise else width
+        why = f"{self.where} is shared with a part of the network that is left whole"
+        if groups > 1:
+            self.meet(origin[in_dim], np.full(weight.shape[in_dim], FIXED), why)
+            if not depthwise:
+                grouped = f"{self.where} is a grouped convolution, whose groups must stay of one size"
+                self.freeze(leaving, grouped)
+                self.freeze(entering, grouped)
+        else:
+            self.meet(origin[in_dim], entering, why)
+        if groups > 1 and transposed:
+            self.pin(weight, why)
+        else:
+            self.meet(origin[out_dim], leaving, why)
+        if bias is not None and self._origins.get(bias) is not None:
+            self.meet(self._origins[bias][-1], leaving, why)
+        elif bias is not None:
+            self.freeze(leaving, f"the bias of {self.where} is computed from other tensors")
+        name, axis = min(origin[out_dim])
+        self.leaving[name] = self.leaving.get(name, False) or not depthwise
+        self.uses.append(WeightUse(name, out_dim=axis, in_dim=dict(origin[in_dim])[name], positions=positions))
+        self._labels[call.first] = spread(torch.from_numpy(leaving), call.first.shape, dim)
+
+    def _batch_norm(self, call: _Call) -> None:
+        x = call.bound["input"]
+        labels = self._label(x)
+        vector = fixed(x.shape[1:2]) if labels is None else vector_along(labels, 1)
+        if vector is None:
+            return self._barrier(call)
+        why = f"{self.where} is shared with a part of the network that is left whole"
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            tensor = call.bound.get(key)
+            if tensor is None:
+                continue
+            if self._origins.get(tensor) is None:
+                self.freeze(labels, f"the {key} of {self.where} is computed from other tensors")
+            else:
+                self.meet(self._origins[tensor][0], vector.numpy().astype(np.int64), why)
+        if labels is not None:
+            self._labels[call.first] = labels
+        return None
+
+    def _pointwise(self, call: _Call) -> None:
+        ndim = call.first.ndim
+        if any(tensor.ndim > ndim for tensor in call.tensors):
+            return self._barrier(call)
+        parts = [(tensor, aligned(collapsed(label), ndim)) for tensor in call.tensors if (label := self._label(tensor)) is not None]
+        if parts:
+            united = self._unite(call, parts)
+            self._join_unlabelled(call, united)
+            for tensor in call.outputs:
+                self._labels[tensor] = united.expand(call.first.shape)
+        else:
+            self._derive(call)
+        return None
+
+    def _unite(self, call: _Call, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Tie the labels of the operands of an element-wise operation; returns one label tensor for the result."""
+        shape = torch.broadcast_shapes(*(labels.shape for _, labels in parts))
+        full: list[Tensor] = []
+        for tensor, labels in parts:
+            size = (1,) * (len(shape) - tensor.ndim) + tuple(tensor.shape)
+            stretched = any(size[dim] == 1 < shape[dim] for dim in range(len(shape)))
+            if stretched and len(parts) > 1:
+                # One channel (a spatial attention map, say) that meets many: it cannot be tied to all of them.
+                self.freeze(labels, f"one channel is applied to many in {self.where} ({call.name})")
+            else:
+                full.append(labels)
+        united = full[0] if full else parts[0][1]
+        for labels in full[1:]:
+            first, second = torch.broadcast_tensors(united, labels)
+            self.tie(
+                first.reshape(-1).numpy(), second.reshape(-1).numpy(),
+                f"they meet something of fixed size in {self.where} ({call.name}), such as zero padding",
+            )  # fmt: skip
+            united = torch.where(first == FIXED, second, first)
+        return united
+
+    def _join_unlabelled(self, call: _Call, united: Tensor) -> None:
+        """Operands without labels: parameters follow the channels, anything else of the same extent freezes them."""
+        ndim = united.ndim
+        carrying = [dim for dim in range(ndim) if united.shape[dim] > 1]
+        vectors = {dim: vector_along(united, dim) for dim in carrying}
+        for tensor in call.tensors:
+            if self._label(tensor) is not None:
+                continue
+            lead = ndim - tensor.ndim
+            origin = self._origins.get(tensor)
+            for dim in carrying:
+                if dim < lead or tensor.shape[dim - lead] == 1:
+                    continue
+                vector = vectors[dim]
+                why = f"they meet a tensor of fixed size in {self.where} ({call.name})"
+                if origin is not None and vector is not None and origin[dim - lead]:
+                    self.meet(origin[dim - lead], vector.numpy().astype(np.int64), why)
+                else:
+                    self.freeze(united, why)
+                    self.pin(tensor, why)
+
+    def _derive(self, call: _Call) -> None:
+        """An element-wise operation on parameters alone: the result runs along the same dimensions."""
+        ndim = call.first.ndim
+        axes: list[frozenset[tuple[str, int]]] = [frozenset()] * ndim
+        for tensor in call.tensors:
+            origin, lead = self._origins.get(tensor), ndim - tensor.ndim
+            for dim in range(tensor.ndim):
+                if tensor.shape[dim] > 1 and origin is not None:
+                    axes[lead + dim] |= origin[dim]
+        for tensor in call.tensors:
+            lead = ndim - tensor.ndim
+            origin = self._origins.get(tensor)
+            for dim in range(tensor.ndim):
+                if tensor.shape[dim] > 1 and axes[lead + dim] and (origin is None or not origin[dim]):
+                    # Meets something of fixed size, so the parameters that run along this dimension keep theirs.
+                    self.meet(axes[lead + dim], np.full(tensor.shape[dim], FIXED), f"{self.where} uses a tensor of fixed size")
+        for tensor in call.outputs:
+            if tensor.shape == call.first.shape:
+                self._origins[tensor] = tuple(axes)
+
+    def _pool(self, call: _Call) -> None:
+        mixed = next(int(digit) for digit in "123" if f"{digit}d" in call.name)
+        x = next(tensor for tensor in call.tensors if self._label(tensor) is not None or tensor in self._origins)
+        labels = self._label(x)
+        if labels is None or any(varies(labels, dim) for dim in range(labels.ndim - mixed, labels.ndim)):
+            return self._barrier(call)
+        others = [tensor for tensor in call.tensors if tensor is not x]
+        if any(self._label(tensor) is not None for tensor in others) and not call.name.startswith("max_unpool"):
+            return self._barrier(call)
+        for tensor in call.outputs:
+            self._labels[tensor] = collapsed(labels).expand(tensor.shape)
+        return None
+
+    def _along_dim(self, call: _Call) -> None:
+        x = call.bound.get("self", call.bound.get("input"))
+        labels = self._label(x)
+        if labels is None or len([t for t in call.tensors if self._label(t) is not None]) > 1:
+            return self._barrier(call)
+        dims = call.bound.get("dim")
+        listed = list(range(x.ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+        listed = [dim % max(x.ndim, 1) for dim in listed]
+        if any(varies(labels, dim) for dim in listed):
+            return self._barrier(call)
+        small = collapsed(labels)
+        for tensor in call.outputs:
+            if tensor.ndim == x.ndim:
+                self._labels[tensor] = small.expand(tensor.shape)
+            else:
+                kept = small
+                for dim in sorted(listed, reverse=True):
+                    kept = kept.select(dim, 0)
+                self._labels[tensor] = kept.expand(tensor.shape)
+        return None
+
+    def _concatenation(self, call: _Call) -> None:
+        parts = call.bound["tensors"]
+        dim = call.bound.get("dim", 0) % call.first.ndim
+        if all(self._label(part) is None for part in parts):
+            return self._barrier(call)  # of parameters
+        for part in parts:
+            self.pin(part, f"{self.where} concatenates a parameter with activations")
+        parts = [part for part in parts if part.numel() or part.ndim == call.first.ndim]
+        labels = [fixed(part.shape) if (label := self._label(part)) is None else label for part in parts]
+        if call.name == "stack":
+            labels = [label.unsqueeze(dim) for label in labels]
+        small = [collapsed(label) for label in labels]
+        constant = [all(label.shape[d] == 1 for label in small) for d in range(call.first.ndim)]
+        shape = [1 if constant[d] else size for d, size in enumerate(call.first.shape)]
+        resized = [
+            label.expand([part.shape[dim] if d == dim else size for d, size in enumerate(shape)])
+            for label, part in zip(small, labels, strict=True)
+        ]
+        self._labels[call.first] = torch.cat(resized, dim).expand(call.first.shape)
+        return None
+
+    def _constant_pad(self, call: _Call) -> None:
+        labels = self._label(call.bound["self"])
+        if labels is None:
+            return self._barrier(call)
+        small = collapsed(labels)
+        # Where channels lie along another dimension, padding belongs to the channel it pads; along the channels it is fixed.
+        pads = list(call.bound["pad"])
+        for index in range(len(pads) // 2):
+            if small.shape[small.ndim - 1 - index] == 1:
+                pads[2 * index] = pads[2 * index + 1] = 0
+        self._labels[call.first] = torch.constant_pad_nd(small, pads, FIXED).expand(call.first.shape)
+        return None
+
+    def _reshape(self, call: _Call) -> None:
+        x = call.bound["self"]
+        labels, after = self._label(x), tuple(call.first.shape)
+        if labels is None:
+            return self._reshape_parameter(x, call.first)
+        carrying = [varies(labels, dim) for dim in range(x.ndim)]
+        if not merges_only(x.shape, after, carrying):
+            self.freeze(labels, f"{self.where} splits the channels by a reshape to {after}")
+        self._labels[call.first] = labels.reshape(after)
+        return None
+
+    def _reshape_parameter(self, x: Tensor, out: Tensor) -> None:
+        """Extents of 1 may come and go; any other reshape of a parameter is not followed."""
+        wide = [dim for dim in range(x.ndim) if x.shape[dim] > 1]
+        if [x.shape[dim] for dim in wide] != [size for size in out.shape if size > 1]:
+            return self.pin(x, f"{self.where} reshapes a parameter to {tuple(out.shape)}")
+        axes = iter([self._origins[x][dim] for dim in wide])
+        self._origins[out] = tuple(next(axes) if size > 1 else frozenset() for size in out.shape)
+        return None
+
+    def _movement(self, call: _Call) -> None:
+        x = call.bound["self"]
+        labels = self._label(x)
+        others = [tensor for tensor in call.tensors if tensor is not x]
+        for tensor in others:
+            if self._label(tensor) is not None or tensor in self._origins:
+                return self._barrier(call)
+        if labels is None:
+            return self._move_parameter(call, x)
+        moved = self._positions_of(call, x)
+        if any(varies(labels, dim) for dim in moved):
+            self.freeze(labels, f"{self.where} picks channels by their position ({call.name})")
+        if call.name in ("clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift", "_conj"):
+            result: Any = labels
+        else:
+            kwargs = {key: value for key, value in call.kwargs.items() if key not in ("dtype", "device", "memory_format")}
+            # `detach` gives an alias of its own, which an operation in place may reshape.
+            result = call.func(labels.detach(), *call.args[1:], **kwargs)
+        for tensor, label in zip(call.outputs, tree_leaves(result), strict=True):
+            self._labels[tensor] = label
+        return None
+
+    def _positions_of(self, call: _Call, x: Tensor) -> list[int]:
+        """Dimensions along which the operation picks by position."""
+        name = call.name
+        if name == "slice":
+            dim = call.bound.get("dim", 0)
+            start, end = call.bound.get("start") or 0, call.bound.get("end")
+            whole = start in (0, -x.shape[dim]) and (end is None or end >= x.shape[dim]) and call.bound.get("step", 1) == 1
+            return [] if whole else [dim]
+        if name == "index":
+            return [dim for dim, index in enumerate(call.bound["indices"]) if index is not None]
+        if name in ("roll", "flip"):
+            dims = call.bound.get("dims")
+            return list(range(x.ndim)) if not dims else list(dims)
+        if name == "unfold":
+            return [call.bound["dimension"]]
+        return [call.bound.get("dim", 0)] if name in _POSITIONAL else []
+
+    def _move_parameter(self, call: _Call, x: Tensor) -> None:
+        """Follow a parameter through a transposition or an added dimension; anything else pins it."""
+        origin, out = self._origins[x], call.first
+        axes: Sequence[frozenset[tuple[str, int]]]
+        if call.name in ("clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift"):
+            axes = origin
+        elif call.name == "t":
+            axes = origin[::-1]
+        elif call.name == "transpose":
+            axes = list(origin)
+            first, second = call.bound["dim0"], call.bound["dim1"]
+            axes[first], axes[second] = axes[second], axes[first]
+        elif call.name == "permute":
+            axes = [origin[dim] for dim in call.bound["dims"]]
+        elif call.name in ("unsqueeze", "squeeze"):
+            return self._reshape_parameter(x, out)
+        elif call.name == "expand" or (call.name == "slice" and out.shape == x.shape):
+            lead = out.ndim - x.ndim
+            axes = [frozenset() if dim < lead or x.shape[dim - lead] == 1 else origin[dim - lead] for dim in range(out.ndim)]
+        else:
+            return self.pin(x, f"{self.where} takes a part of a parameter ({call.name})")
+        self._origins[out] = tuple(axes)
+        return None
+
+    def _same_shape(self, call: _Call) -> None:
+        labels = self._label(call.bound["self"])
+        if labels is not None:
+            self._labels[call.first] = labels
+        elif call.bound["self"] in self._origins:
+            self._origins[call.first] = self._origins[call.bound["self"]]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One operation: what it was called with and what came out."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    bound: Mapping[str, Any]
+    tensors: list[Tensor]
+    out: Any
+
+    @property
+    def name(self) -> str:
+        name: str = self.func.overloadpacket.__name__
+        return name
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, Tensor)]
+
+    @property
+    def first(self) -> Tensor:
+        return self.outputs[0]
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer once, under its first name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
