@@ -62,7 +62,7 @@ class TorchvisionDataModule(ImageClassificationDataModule):
     @override
     def prepare_data(self) -> None:
         if self.download:
-            self.dataset_class(self.data_dir, download=True)
+            self._dataset(train=True)
 
     @override
     def _read(self, train: bool) -> Samples:
@@ -74,8 +74,10 @@ class TorchvisionDataModule(ImageClassificationDataModule):
 
     def _dataset(self, train: bool) -> Any:
         try:
-            return self.dataset_class(self.data_dir, train=train)
+            return self.dataset_class(self.data_dir, train=train, download=self.download)
         except RuntimeError as error:
+            if self.download:
+                raise
             raise FileNotFoundError(
                 f"{self.dataset_class.__name__} is not, or not whole, in {(self.data_dir / self.folder).resolve()}. Either pass "
                 f"`download=True` to fetch it, or put its files there; the folder that holds `{self.folder}` is chosen by "

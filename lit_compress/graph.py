@@ -64,6 +64,7 @@ class ChannelGraph:
         tensors: Name of a parameter or buffer to the dimensions that carry channels: the class at each index, -1 for a
             channel that stays whatever is cut.
         shapes: Shape of every parameter and buffer.
+        trainable: Names of the parameters with ``requires_grad``.
         frozen: Class to the reason why it must stay.
         uses: Each application of a weight.
         unused: Layers with parameters that the traced forward never ran.
@@ -72,6 +73,7 @@ class ChannelGraph:
     layers: Mapping[str, Layer]
     tensors: Mapping[str, Mapping[int, Vector]]
     shapes: Mapping[str, tuple[int, ...]]
+    trainable: frozenset[str]
     frozen: Mapping[int, str]
     uses: tuple[WeightUse, ...]
     unused: tuple[str, ...]
@@ -130,7 +132,9 @@ def trace(model: nn.Module, forward: Forward) -> ChannelGraph:
     """
     for name, tensor in named_tensors(model):
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
-            raise ValueError(f"Parameter {name!r} has no values yet; run the network once (or materialise it) before analysing it.")
+            raise ValueError(
+                f"Parameter {name!r} has no values yet; run the network once (or materialise it) before analysing it."
+            )
     mode = LabelMode(model)
     with evaluating(model), mode.following():
         outputs = forward()
@@ -182,7 +186,8 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
         and not met.intersection(own)
     ]
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
-    return ChannelGraph(layers, tensors, shapes, frozen, tuple(mode.uses), tuple(unused))
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused))
 
 
 def _classes(mode: LabelMode) -> Vector:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -112,7 +113,7 @@ class Plan:
             TypeError: If ``target`` is none of these.
         """
         if isinstance(target, Optimizer):
-            self._apply_to_optimizer(target)
+            self.prepare(target)()
         elif isinstance(target, nn.Module):
             fitted = self._fitted(all_tensors(target).keys(), "module")
             cut_tensors(target, fitted.keep, fitted.take)
@@ -123,27 +124,35 @@ class Plan:
         else:
             raise TypeError(f"Expected an optimizer, a module or a state dict but got {type(target).__name__}.")
 
-    def _apply_to_optimizer(self, optimizer: Optimizer) -> None:
+    def prepare(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Work out what an optimizer's state will be after the cut; calling the result puts it there, and cannot fail.
+
+        Raises:
+            ValueError: If the optimizer holds state that cannot follow the cut. It is never changed by this method.
+        """
         if self._names is None:
             raise ValueError("This plan knows no parameters, only names; bind it to the network that was cut: plan.bound_to(model).")
         new: list[tuple[dict[str, Any], str, Tensor]] = []
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = self._names.get(parameter)
-                if name not in self.keep:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            name = self._names.get(parameter)
+            if name not in self.keep:
+                continue
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or value.numel() == 1 != prod(self.shapes[name]):
                     continue
-                state = optimizer.state.get(parameter, {})
-                for key, value in state.items():
-                    if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1:
-                        continue
-                    if tuple(value.shape) != self.shapes[name]:
-                        raise ValueError(
-                            f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for parameter {name!r} of shape "
-                            f"{self.shapes[name]}; only state of the parameter's own shape can follow a cut. Cut before training starts."
-                        )
-                    new.append((state, key, self.take(name, value)))
-        for state, key, value in new:
-            state[key] = value
+                if tuple(value.shape) != self.shapes[name]:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for parameter {name!r} of shape "
+                        f"{self.shapes[name]}; only state of the parameter's own shape can follow a cut. Cut before training starts."
+                    )
+                new.append((state, key, self.take(name, value)))
+
+        def follow() -> None:
+            for state, key, value in new:
+                state[key] = value
+
+        return follow
 
     def _fitted(self, names: Collection[str], what: str) -> Plan:
         """This plan under the names that the target uses."""

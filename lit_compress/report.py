@@ -1,10 +1,17 @@
-"""What a network costs: parameters and mult-adds."""
+"""What a network costs: parameters, mult-adds and time; and the tables that say so."""
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,3 +52,100 @@ def count_mult_adds(model: nn.Module, example_inputs: Any, *, forward_fn: Forwar
     with evaluating(model), torch.no_grad(), rng.isolated(), FlopCounterMode(display=False) as counter:
         forward_fn(model, example_inputs)
     return int(counter.get_total_flops()) // 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward in milliseconds: median and quartiles of several runs after warm-up."""
+
+    median: float
+    lower: float
+    upper: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ms ({self.lower:.2f}-{self.upper:.2f})"
+
+
+def measure_latency(
+    run: Callable[[], Any], *, device: torch.device | str = "cpu", seconds: float = 0.5, runs: int = 50
+) -> Latency:
+    """Time a forward.
+
+    Args:
+        run: Runs the network once.
+        device: Where it runs; an accelerator is waited for.
+        seconds: Stop after about this time, but not before five runs; the warm-up takes as long at most.
+        runs: Stop after this many runs.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+
+    def once() -> float:
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    def repeat(least: int, most: int) -> list[float]:
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < least or (len(times) < most and time.perf_counter() < end):
+            times.append(once())
+        return times
+
+    with torch.no_grad():
+        repeat(2, 5)
+        times = repeat(5, max(runs, 5))
+    lower, median, upper = statistics.quantiles(times, n=4)
+    return Latency(median, lower, upper)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a :class:`LayerTable`: channels and weights before and after, and why it is as it is."""
+
+    name: str
+    channels: int
+    kept: int
+    parameters: int
+    parameters_kept: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """What a recipe does to each layer. ``str()`` gives the table for people.
+
+    Args:
+        method: What chose the channels.
+        rows: The layers in the order of the forward.
+        sizes: Name of a size of the whole network to its value before and after.
+    """
+
+    method: str
+    rows: tuple[LayerRow, ...]
+    sizes: Mapping[str, tuple[int, int]]
+
+    def renderable(self) -> Table:
+        """The table for a rich console."""
+        table = Table(title=self.method)
+        for column in ("layer", "channels", "kept", "weights", "kept", "note"):
+            table.add_column(column, justify="left" if column in ("layer", "note") else "right")
+        for row in self.rows:
+            table.add_row(row.name, str(row.channels), str(row.kept), f"{row.parameters:,}", f"{row.parameters_kept:,}", row.note)
+        for name, (before, after) in self.sizes.items():
+            table.add_row(f"[bold]{name}[/bold]", "", "", f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%} kept")
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.renderable())
+
+
+def as_text(table: Table, width: int = 130) -> str:
+    """A rich table as plain text."""
+    console = Console(file=StringIO(), width=width)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())

@@ -36,7 +36,9 @@ class SelfCheck:
         ValueError: If the uncut network does not run on ``inputs``.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, plan: Plan, forward_fn: Callable[[nn.Module, Any], Any], inputs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, plan: Plan, forward_fn: Callable[[nn.Module, Any], Any], inputs: Any
+    ) -> None:
         self._model, self._graph, self._plan, self._forward_fn, self._inputs = model, graph, plan, forward_fn, inputs
         self._double = True
         try:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 # The attributes of a module that repeat what its tensors' shapes say.
 _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
-    (nn.modules.conv._ConvTransposeNd, lambda m: {"in_channels": m.weight.shape[0], "out_channels": m.weight.shape[1] * m.groups}),
+    (
+        nn.modules.conv._ConvTransposeNd,
+        lambda m: {"in_channels": m.weight.shape[0], "out_channels": m.weight.shape[1] * m.groups},
+    ),
     (nn.modules.conv._ConvNd, lambda m: _convolution_sizes(m)),
     (nn.Linear, lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]}),
     (nn.modules.batchnorm._NormBase, lambda m: _norm_sizes(m)),

@@ -69,7 +69,7 @@ def cut(
     """
     if graph is None:
         graph = trace(model, lambda: forward_fn(model, example_inputs))
-    plan = _for_model(make_plan(graph, recipe), model)
+    plan = plan_for(model, graph, recipe)
     before = plan_of(model)
     check = SelfCheck(model, graph, plan, forward_fn, example_inputs) if verify and plan.keep else None
     undo = cut_tensors(model, plan.keep, plan.take)
@@ -80,7 +80,7 @@ def cut(
         undo()
         raise
     note_plan(model, plan if before is None else before.then(plan))
-    return plan.bound_to(model)
+    return plan
 
 
 def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
@@ -113,8 +113,13 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
     return Plan(recipe=complete, keep=keep, shapes={name: graph.shapes[name] for name in keep})
 
 
-def _for_model(plan: Plan, model: nn.Module) -> Plan:
-    """The plan with every name that a tensor goes by, and a note of which ones no state dict holds."""
+def plan_for(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> Plan:
+    """The plan with every name that a tensor of the network goes by, bound to its parameters; nothing is cut yet.
+
+    Raises:
+        ValueError: As :func:`cut`.
+    """
+    plan = make_plan(graph, recipe)
     tensors = all_tensors(model)
     first = {id(tensors[name]): name for name in plan.keep}
     names = {name: first[id(tensor)] for name, tensor in tensors.items() if id(tensor) in first}
@@ -124,7 +129,7 @@ def _for_model(plan: Plan, model: nn.Module) -> Plan:
         keep={name: plan.keep[source] for name, source in names.items()},
         shapes={name: plan.shapes[source] for name, source in names.items()},
         transient=tuple(name for name in names if name not in stored),
-    )
+    ).bound_to(model)
 
 
 def _placed(graph: ChannelGraph, recipe: Recipe) -> Recipe:
@@ -147,7 +152,9 @@ def _placed(graph: ChannelGraph, recipe: Recipe) -> Recipe:
             )
     for name, channels in recipe.keep.items():
         if channels[-1] >= len(graph.layers[name].classes):
-            raise ValueError(f"Layer {name!r} has {len(graph.layers[name].classes)} channels but would keep channel {channels[-1]}.")
+            raise ValueError(
+                f"Layer {name!r} has {len(graph.layers[name].classes)} channels but would keep channel {channels[-1]}."
+            )
     return recipe
 
 
@@ -159,7 +166,9 @@ def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> np.ndarray[tuple[in
             channel_class = int(classes[index])
             if channel_class == FIXED or channel_class in graph.frozen:
                 why = graph.frozen.get(channel_class, "its channels come from the network's input")
-                raise ValueError(f"Channel {index} of layer {name!r} cannot be removed: {why}. Leave the layer out of the recipe.")
+                raise ValueError(
+                    f"Channel {index} of layer {name!r} cannot be removed: {why}. Leave the layer out of the recipe."
+                )
             removed.add(channel_class)
     return np.array(sorted(removed), dtype=np.int64)
 

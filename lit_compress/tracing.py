@@ -44,9 +44,33 @@ _SHAPE_ONLY = {
 }  # fmt: skip
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 # Pick by position along a dimension: on a dimension that carries channels, the positions would be others after a cut.
-_POSITIONAL = {"slice", "select", "split", "split_with_sizes", "unbind", "narrow", "roll", "flip", "index_select", "index", "gather", "unfold"}
+_POSITIONAL = {
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "narrow",
+    "roll",
+    "flip",
+    "index_select",
+    "index",
+    "gather",
+    "unfold",
+}
 _SAME_SHAPE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
-_NO_EFFECT = {"size", "sym_size", "sym_numel", "stride", "new_empty", "new_zeros", "new_ones", "new_full", "is_same_size", "_has_same_storage_numel"}
+_NO_EFFECT = {
+    "size",
+    "sym_size",
+    "sym_numel",
+    "stride",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "is_same_size",
+    "_has_same_storage_numel",
+}
 # Element-wise, though not tagged so in every version of torch.
 _POINTWISE = {"copy", "hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "elu", "silu", "gelu", "clamp", "masked_fill", "where", "native_dropout",
               "bernoulli", "relu", "relu6", "threshold", "_prelu_kernel", "celu", "selu", "mish", "softplus", "log_sigmoid_forward"}  # fmt: skip
@@ -239,7 +263,16 @@ class LabelMode(TorchDispatchMode):
         return self._contract(call, x, x.ndim - 1, weight, out_dim, in_dim, bias, int(np.prod(x.shape[:-1])), 1)
 
     def _contract(
-        self, call: _Call, x: Tensor, dim: int, weight: Tensor, out_dim: int, in_dim: int, bias: Tensor | None, positions: int, groups: int
+        self,
+        call: _Call,
+        x: Tensor,
+        dim: int,
+        weight: Tensor,
+        out_dim: int,
+        in_dim: int,
+        bias: Tensor | None,
+        positions: int,
+        groups: int,
     ) -> None:
         """End the labels of `x` along `dim` and start new ones on the output."""
         origin, labels = self._origins.get(weight), self._label(x)
@@ -305,7 +338,9 @@ class LabelMode(TorchDispatchMode):
         ndim = call.first.ndim
         if any(tensor.ndim > ndim for tensor in call.tensors):
             return self._barrier(call)
-        parts = [(tensor, aligned(collapsed(label), ndim)) for tensor in call.tensors if (label := self._label(tensor)) is not None]
+        parts = [
+            (tensor, aligned(collapsed(label), ndim)) for tensor in call.tensors if (label := self._label(tensor)) is not None
+        ]
         if parts:
             united = self._unite(call, parts)
             self._join_unlabelled(call, united)

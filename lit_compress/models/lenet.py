@@ -10,11 +10,16 @@ Activation = Literal["relu", "sigmoid"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
+# A sigmoid's slope at 0 is 1/4, so each hidden layer would shrink its signal to a quarter. At gain 1 the sigmoid LeNet-5 is still
+# at chance after three epochs on 6,000 digits (SGD .1, momentum .9); at gain 4 it reaches 89 %.
+_GAINS: dict[str, float] = {"relu": 1.0, "sigmoid": 4.0}
+
 
 class MLP(nn.Module):
     """Fully connected network with one activation after every layer but the last.
 
-    Layers are called ``fc1``, ``activation1``, ``fc2``, … in ``layers``. Weights are Xavier-uniform, biases zero.
+    Layers are called ``fc1``, ``activation1``, ``fc2``, … in ``layers``. Weights are Xavier-uniform, four times as wide before a
+    sigmoid, and biases zero.
 
     Args:
         in_features: Numbers in one sample, after flattening.
@@ -49,7 +54,7 @@ class MLP(nn.Module):
             self.layers.add_module(f"fc{number}", nn.Linear(inputs, outputs))
             if number <= len(hidden):
                 self.layers.add_module(f"activation{number}", unit())
-        _init_xavier(self)
+        _init_xavier(self, activation, output=self.layers[-1])
 
     def forward(self, samples: Tensor) -> Tensor:
         """Logits of a batch."""
@@ -90,7 +95,8 @@ class LeNet5(nn.Module):
     Two unpadded 5×5 convolutions, each followed by the activation and then by a 2×2 max-pool, and two fully connected layers
     with the activation between. Caffe's own net has no activation after the convolutions; here it stands there too, because
     a method that reads units as probabilities needs a sigmoid on *every* hidden layer. (Max-pooling before or after a
-    rising activation gives the same numbers.) Weights are Xavier-uniform as in Caffe, biases zero.
+    rising activation gives the same numbers.) Weights are Xavier-uniform as in Caffe, four times as wide before a sigmoid, and
+    biases zero.
 
     Args:
         in_channels: Channels of an image.
@@ -134,7 +140,7 @@ class LeNet5(nn.Module):
         self.fc1 = nn.Linear(50 * side * side, 500)
         self.activation3 = unit()
         self.fc2 = nn.Linear(500, num_classes)
-        _init_xavier(self)
+        _init_xavier(self, activation, output=self.fc2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch."""
@@ -150,8 +156,9 @@ def _activation(name: str) -> type[nn.Module]:
     return _ACTIVATIONS[name]
 
 
-def _init_xavier(network: nn.Module) -> None:
+def _init_xavier(network: nn.Module, activation: Activation, output: nn.Module) -> None:
     for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight, gain=1.0 if module is output else _GAINS[activation])
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,5 +1,6 @@
 """What a pass over the data leaves of each layer's responses: streaming, exact over ranks, in constant memory."""
 
 from lit_compress.statistics.covariance import StreamingCovariance
+from lit_compress.statistics.gather import gather_covariances
 
-__all__ = ["StreamingCovariance"]
+__all__ = ["StreamingCovariance", "gather_covariances"]

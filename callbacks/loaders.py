@@ -1,0 +1,91 @@
+"""The data that an analysis sees inside a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from lit_compress.callbacks.steps import transfer
+from lit_compress.statistics.gather import in_order
+
+Choice = Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None
+
+
+def analysis_batches(trainer: Trainer, pl_module: LightningModule, choice: Choice, max_samples: int | None) -> Iterable[Any]:
+    """Batches for an analysis, on the module's device: in a fixed order, each sample once where the loader allows it.
+
+    Args:
+        trainer: The running Trainer. In a ``fast_dev_run`` one batch is enough.
+        pl_module: Its module.
+        choice: As the argument ``loader`` of :class:`~lit_compress.callbacks.PruningCallback`.
+        max_samples: Use this many samples, drawn at random with a fixed seed. None for all.
+
+    Raises:
+        MisconfigurationException: If the Trainer has no such data, or several loaders of it.
+    """
+    loader = _offered(trainer, pl_module) if choice is None else None
+    if loader is None:
+        loader = _trainers_own(trainer, "train" if choice is None else choice) if choice is None or isinstance(choice, str) else choice
+    if (augmentation := _augmentation(loader)) is not None:
+        rank_zero_warn(
+            f"The analysis reads data that are augmented at random ({augmentation}). Give the module or datamodule a method "
+            "`analysis_dataloader()` that returns them as they are, or pass `loader`."
+        )
+    return _Transferred(in_order(loader, max_samples=max_samples), trainer, pl_module)
+
+
+class _Transferred:
+    """Batches of a loader, moved to the module's device by its own transfer hooks."""
+
+    def __init__(self, loader: Any, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loader, self._trainer, self._pl_module = loader, trainer, pl_module
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            yield transfer(self._trainer, self._pl_module, batch)
+            if self._trainer.fast_dev_run:
+                return
+
+    def __len__(self) -> int:
+        return 1 if self._trainer.fast_dev_run else len(self._loader)
+
+
+def _offered(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """What the module or the datamodule offers for an analysis, or None."""
+    for source in (pl_module, getattr(trainer, "datamodule", None)):
+        if callable(offer := getattr(source, "analysis_dataloader", None)):
+            return offer()
+    return None
+
+
+def _trainers_own(trainer: Trainer, split: str) -> Any:
+    if split == "val":
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()
+        combined = loop._combined_loader
+    else:
+        combined = trainer.fit_loop._combined_loader
+    loaders = [] if combined is None else combined.flattened
+    if len(loaders) != 1:
+        raise MisconfigurationException(
+            f"The analysis needs one {split} loader but the Trainer has {len(loaders)}. Pass `loader=`, or give the module or datamodule "
+            "a method `analysis_dataloader()`."
+        )
+    return loaders[0]
+
+
+def _augmentation(loader: Any) -> str | None:
+    """A random transform of the loader's data set, if there seems to be one."""
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None:
+        for name in ("transform", "transforms"):
+            written = repr(getattr(dataset, name, None))
+            if "Random" in written:
+                return " ".join(written.split())[:100]
+        dataset = getattr(dataset, "dataset", None)
+    return None

@@ -1,0 +1,154 @@
+"""What a cut did: measured, logged, written to disk, and told at the end of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+from rich.table import Table
+
+from lit_compress.analysis import Analysis
+from lit_compress.pictures import plot_spectra, plot_widths
+from lit_compress.recipe import Recipe
+from lit_compress.report import Latency
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A network at one moment of a run.
+
+    Args:
+        parameters: Trainable parameters.
+        mult_adds: Mult-adds of convolutions and linear layers, one sample.
+        latency: A validation step on one batch of the analysis data.
+        metrics: What the module logs on its validation data.
+    """
+
+    parameters: int
+    mult_adds: int
+    latency: Latency
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """One cut of a run.
+
+    Args:
+        epoch: The epoch before which it was made.
+        recipe: All cuts so far, relative to the network as it was built.
+        before: Right before this cut.
+        after: Right after it, with no training between.
+        batch_size: Batch size of the latencies.
+    """
+
+    epoch: int
+    recipe: Recipe
+    before: Measurement
+    after: Measurement
+    batch_size: int
+
+    def publish(self, trainer: Trainer, analysis: Analysis, recipe: Recipe, index: int) -> None:
+        """Log the cut with every logger of the Trainer, and write recipe, table and pictures to disk.
+
+        Logged: ``compress/parameters``, ``compress/mult_adds`` (one sample), ``compress/latency_ms``, ``compress/width/<layer>``
+        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``; as pictures ``compress/spectra`` and
+        ``compress/widths`` where the logger takes them.
+        """
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        before = {name: len(layer.classes) for name, layer in analysis.graph.layers.items()}
+        widths = before | recipe.widths
+        values: dict[str, float] = {
+            "compress/parameters": self.after.parameters,
+            "compress/mult_adds": self.after.mult_adds,
+            "compress/latency_ms": self.after.latency.median,
+        }
+        values |= {f"compress/width/{name}": width for name, width in widths.items()}
+        values |= {f"compress/before_cut/{name}": value for name, value in self.before.metrics.items()}
+        values |= {f"compress/after_cut/{name}": value for name, value in self.after.metrics.items()}
+        kept = {name: len(found.kept(widths[name], 1)) for name, found in analysis.spectra.items()}
+        figures = {
+            "spectra": plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, kept),
+            "widths": plot_widths(before, recipe.widths),
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+            for name, figure in figures.items():
+                log_figure(logger, f"compress/{name}", figure, trainer.global_step)
+        folder = output_folder(trainer)
+        self.recipe.save(folder / "recipe.json")
+        table = analysis.preview(recipe)
+        (folder / f"cut_{index}_layers.txt").write_text(str(table), encoding="utf-8")
+        for name, figure in figures.items():
+            figure.savefig(folder / f"cut_{index}_{name}.png", dpi=120)
+
+    def finish(self, trainer: Trainer, first: Measurement, final: Mapping[str, float]) -> None:
+        """Log and print what the run gained: before the first cut, after the last one, and after fine-tuning."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics({f"compress/fine_tuned/{name}": value for name, value in final.items()}, step=trainer.global_step)
+        folder = output_folder(trainer)
+        summary = {
+            "before": asdict(first), "after_cut": asdict(self.after), "fine_tuned": dict(final), "batch_size": self.batch_size,
+            "method": self.recipe.method,
+        }  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        console = Console()
+        console.print(self._table(first, final))
+        console.print(f"Recipe, tables and pictures: {folder}")
+
+    def _table(self, first: Measurement, final: Mapping[str, float]) -> Table:
+        table = Table(title=f"{self.recipe.method}, before epoch {self.epoch}")
+        for column in ("", "before", "after the cut", "after fine-tuning", "kept"):
+            table.add_column(column, justify="left" if column == "" else "right")
+        for name, value in first.metrics.items():
+            after, tuned = self.after.metrics.get(name), final.get(name)
+            table.add_row(name, *("" if number is None else f"{number:.4f}" for number in (value, after, tuned)), "")
+        for name, old, new in (
+            ("parameters", first.parameters, self.after.parameters),
+            ("mult-adds (one sample)", first.mult_adds, self.after.mult_adds),
+        ):
+            table.add_row(name, f"{old:,}", f"{new:,}", f"{new:,}", f"{new / old:.1%}")
+        ratio = self.after.latency.median / first.latency.median
+        table.add_row(
+            f"validation step (batch {self.batch_size})", str(first.latency), str(self.after.latency), "", f"{ratio:.1%}"
+        )
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Builtin types only, for a checkpoint."""
+        fields = {"epoch": self.epoch, "batch_size": self.batch_size, "recipe": self.recipe.to_dict()}
+        return fields | {"before": asdict(self.before), "after": asdict(self.after)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CutReport:
+        """Inverse of :meth:`to_dict`."""
+        moments = {
+            name: Measurement(**{**data[name], "latency": Latency(**data[name]["latency"])}) for name in ("before", "after")
+        }
+        return cls(epoch=data["epoch"], batch_size=data["batch_size"], recipe=Recipe.from_dict(data["recipe"]), **moments)
+
+
+def output_folder(trainer: Trainer) -> Path:
+    """Where a run's recipes and pictures go: ``lit_compress/`` in the logger's folder, or in the Trainer's root folder."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir) / "lit_compress"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+    """Log a picture with a logger that takes pictures; the file on disk serves the others."""
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(logger, "log_image"):  # Weights & Biases
+        logger.log_image(key=name, images=[figure], step=step)
+    elif hasattr(experiment, "add_figure"):  # TensorBoard
+        experiment.add_figure(name, figure, global_step=step)

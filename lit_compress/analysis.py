@@ -1,0 +1,304 @@
+"""From a network and data to a recipe: trace, gather, and ask the spectra how much is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from lit_compress.graph import ChannelGraph, trace
+from lit_compress.plan import Plan, plan_of
+from lit_compress.recipe import Recipe
+from lit_compress.report import LayerRow, LayerTable, count_parameters
+from lit_compress.selection import pfa
+from lit_compress.spectra import GroupSpectrum, group_spectra
+from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather_covariances, in_order, to_device
+from lit_compress.surgery import ForwardFn, call, make_plan
+
+
+class Analysis:
+    """The statistics of one pass over the data: every recipe that they give can be asked for without another pass.
+
+    Made by :func:`analyze`.
+
+    Attributes:
+        graph: Which channels are tied.
+        spectra: Name of a group (of its first layer) to its spectrum.
+        whole: Layer to the reason why it is left whole.
+        samples: Samples seen.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, spectra: Mapping[str, GroupSpectrum], whole: Mapping[str, str], samples: int, example_batch: int,
+        parameters: int, before: Plan | None,
+    ) -> None:  # fmt: skip
+        self.graph, self.spectra, self.whole, self.samples = graph, dict(spectra), dict(whole), samples
+        self._batch = example_batch
+        self._parameters = parameters
+        self._before = before
+
+    def recipe(
+        self,
+        *,
+        energy: float | None = None,
+        keep_params: float | None = None,
+        keep_mult_adds: float | None = None,
+        min_width: int = 1,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> Recipe:
+        """The channels to keep, by PFA-KL, or by PFA-En if one of the first three arguments is given.
+
+        Args:
+            energy: Share of each layer's response energy to keep, in (0, 1].
+            keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The largest energy that meets it
+                is searched for, with the real size of the cut network; the result is at or below.
+            keep_mult_adds: The same for mult-adds.
+            min_width: Channels that each layer keeps at least.
+            include: Patterns (``"layer1.*"``) of the layers to cut; tied layers are cut only if all of them match.
+            exclude: Patterns of layers to leave whole.
+
+        Returns:
+            A recipe relative to the network that was analysed. Hand it to :func:`~lit_compress.cut`.
+
+        Raises:
+            ValueError: If more than one target is given, a value is out of range, a pattern matches no layer, or the target cannot be
+                reached (the message names the smallest size that can).
+        """
+        given = {"energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
+        targets = {name: value for name, value in given.items() if value is not None}
+        if len(targets) > 1:
+            raise ValueError(f"Give at most one of `energy`, `keep_params` and `keep_mult_adds` but got {sorted(targets)}.")
+        if min_width < 1:
+            raise ValueError(f"Argument `min_width` must be at least 1 but got {min_width}.")
+        chosen = self._chosen(include, exclude)
+        if not targets:
+            widths = {name: pfa.kl_width(found.spectrum) for name, found in chosen.items()}
+            return self._recipe(chosen, widths, min_width, "pfa(kl)")
+        ((name, value),) = targets.items()
+        if name == "energy":
+            return self._recipe(chosen, _energy_widths(chosen, value), min_width, f"pfa(energy={value:g})")
+        size = self.parameters if name == "keep_params" else self.mult_adds
+        return self._search(chosen, name, value, size, min_width)
+
+    def parameters(self, recipe: Recipe | None = None) -> int:
+        """Trainable parameters of the network as analysed, or as a recipe would cut it."""
+        return self._parameters - self._removed_parameters(recipe)
+
+    def mult_adds(self, recipe: Recipe | None = None) -> int:
+        """Mult-adds of convolutions and linear layers for one sample, as analysed or as a recipe would cut it.
+
+        Products that hold no weight (attention) are not in it: no cut changes them.
+        """
+        plan = None if recipe is None else make_plan(self.graph, recipe)
+        return sum(use.positions * _size(self.graph, plan, use.weight) for use in self.graph.uses) // self._batch
+
+    def original(self, size: Literal["parameters", "mult_adds"]) -> int:
+        """The same figure for the network before anything was ever cut out of it."""
+        if self._before is None:
+            return self.parameters() if size == "parameters" else self.mult_adds()
+        shapes = {**self.graph.shapes, **self._before.shapes}
+        if size == "mult_adds":
+            return sum(use.positions * int(np.prod(shapes[use.weight])) for use in self.graph.uses) // self._batch
+        grown = [int(np.prod(shape)) - int(np.prod(self.graph.shapes[name])) for name, shape in self._before.shapes.items()
+                 if name in self.graph.trainable]  # fmt: skip
+        return self._parameters + sum(grown)
+
+    def preview(self, recipe: Recipe) -> LayerTable:
+        """What a recipe would do, layer by layer, without doing it.
+
+        Args:
+            recipe: As :meth:`recipe` gives it, or written by hand.
+
+        Returns:
+            A table whose ``str()`` is for people and whose rows are for programs.
+
+        Raises:
+            ValueError: If the recipe does not fit the network.
+        """
+        plan = make_plan(self.graph, recipe)
+        rows = []
+        for name, layer in self.graph.layers.items():
+            rows.append(
+                LayerRow(
+                    name=name,
+                    channels=len(layer.classes),
+                    kept=plan.recipe.widths.get(name, len(layer.classes)),
+                    parameters=int(np.prod(self.graph.shapes[layer.weight])),
+                    parameters_kept=_size(self.graph, plan, layer.weight),
+                    note=self._note(name),
+                )
+            )
+        sizes = {
+            "parameters": (self.parameters(), self.parameters(recipe)),
+            "mult-adds": (self.mult_adds(), self.mult_adds(recipe)),
+        }
+        return LayerTable(method=recipe.method, rows=tuple(rows), sizes=sizes)
+
+    def _note(self, layer: str) -> str:
+        tied = [name for name, found in self.spectra.items() if layer in found.group.members and name != layer]
+        return self.whole.get(layer, f"follows {tied[0]}" if tied else "")
+
+    def _chosen(self, include: Sequence[str], exclude: Sequence[str]) -> dict[str, GroupSpectrum]:
+        for pattern in (*include, *exclude):
+            if not any(_matches(name, pattern) for name in self.graph.layers):
+                raise ValueError(f"Pattern {pattern!r} matches no layer; the layers are {', '.join(self.graph.layers)}.")
+        return {
+            name: found
+            for name, found in self.spectra.items()
+            if all(any(_matches(member, pattern) for pattern in include) for member in found.group.members)
+            and not any(_matches(member, pattern) for pattern in exclude for member in found.group.members)
+        }
+
+    def _recipe(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], min_width: int, method: str) -> Recipe:
+        gone: set[int] = set()
+        for name, found in chosen.items():
+            stays = found.kept(widths[name], min_width).numpy()
+            gone.update(np.delete(found.group.classes, stays).tolist())
+        removed = np.array(sorted(gone), dtype=np.int64)
+        keep = {}
+        for name, layer in self.graph.layers.items():
+            stays = ~np.isin(layer.classes, removed)
+            if layer.own and not stays.all():
+                keep[name] = tuple(np.flatnonzero(stays).tolist())
+        original = {name: len(layer.classes) for name, layer in self.graph.layers.items()}
+        return Recipe(keep=keep, method=method, original=original)
+
+    def _search(
+        self, chosen: Mapping[str, GroupSpectrum], name: str, share: float, size: Callable[[Recipe], int], min_width: int
+    ) -> Recipe:
+        """The largest energy whose cut network is at most the share of the original one."""
+        if not 0 < share < 1:
+            raise ValueError(f"Argument `{name}` must lie in (0, 1) but got {share}.")
+        what = "parameters" if name == "keep_params" else "mult_adds"
+        original = self.original("parameters" if name == "keep_params" else "mult_adds")
+        # Every energy at which some layer's width changes: between two neighbours the recipe is the same.
+        steps = np.unique(np.concatenate([[1.0], *(found.spectrum.cumsum(0).clamp(max=1).numpy() for found in chosen.values())]))
+        label = f"pfa({name}={share:g})"
+
+        def at(step: int) -> Recipe:
+            return self._recipe(chosen, _energy_widths(chosen, float(steps[step])), min_width, label)
+
+        smallest = size(at(0))
+        if smallest > share * original:
+            raise ValueError(
+                f"`{name}={share:g}` cannot be reached: with `min_width={min_width}` the smallest network has "
+                f"{smallest / original:.4f} of the original's {original} {what}. Raise `{name}`, or leave fewer layers out."
+            )
+        low, high = 0, len(steps) - 1  # the recipe at `low` meets the target
+        while low < high:
+            middle = (low + high + 1) // 2
+            if size(at(middle)) <= share * original:
+                low = middle
+            else:
+                high = middle - 1
+        return at(low)
+
+    def _removed_parameters(self, recipe: Recipe | None) -> int:
+        if recipe is None:
+            return 0
+        plan = make_plan(self.graph, recipe)
+        return sum(
+            int(np.prod(plan.shapes[name])) - int(np.prod(plan.shape_after(name)))
+            for name in plan.keep
+            if name in self.graph.trainable
+        )
+
+
+def analyze(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    method: Literal["pfa"] = "pfa",
+    example_inputs: Any = None,
+    forward_fn: ForwardFn | None = None,
+    max_samples: int | None = None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Find out how many channels each layer of a network needs on some data, changing nothing.
+
+    Args:
+        model: The network, on its device. It is analysed in evaluation mode and left as it was.
+        loader: Batches. A plain shuffled ``DataLoader`` is read in its data set's order. The data decide the recipe: give the domain
+            that the small network is for.
+        method: What the statistics are for. ``"pfa"``: Principal Filter Analysis.
+        example_inputs: Inputs to trace the network with; the first samples of ``loader`` if None.
+        forward_fn: Runs the network on a batch as ``loader`` gives it. By default the first entry of a batch that is a tuple or a list
+            (of inputs and targets) goes to ``model``.
+        max_samples: Use this many samples, drawn at random with a fixed seed. None for all. Each layer needs more samples than it has
+            channels, or it is left whole.
+        progress: Wraps the loader in a progress bar, given the number of batches or None.
+
+    Returns:
+        The analysis.
+
+    Raises:
+        ValueError: If the method is unknown, the loader is empty, or a response is not finite.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> analysis = analyze(net, [torch.randn(32, 4)])
+        >>> analysis.recipe(energy=0.9).widths
+        {'0': 4}
+    """
+    if method != "pfa":
+        raise ValueError(f"Argument `method` must be 'pfa' but got {method!r}.")
+    run_batch = forward_fn or _run_first
+    loader = in_order(loader, max_samples=max_samples)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if example_inputs is None:
+        first = next(iter(loader), None)
+        if first is None:
+            raise ValueError("The analysis needs data, but the loader gave no batch.")
+        example = to_device(first_samples(first), device)
+        graph = trace(model, lambda: run_batch(model, example))
+    else:
+        example = to_device(example_inputs, device)
+        graph = trace(model, lambda: (forward_fn or call)(model, example))
+    modules = dict(model.named_modules())
+    members = {member for group in graph.groups() for member in group.members if member in modules}
+    layers = {name: len(layer.classes) for name, layer in graph.layers.items() if name in members}
+    batches = loader if progress is None else progress(loader, _length(loader))
+    covariances = gather_covariances(
+        model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples
+    )
+    return Analysis(
+        graph,
+        *group_spectra(graph, covariances),
+        samples=max((int(metric.count) for metric in covariances.values()), default=0),
+        example_batch=batch_size(example),
+        parameters=count_parameters(model),
+        before=plan_of(model),
+    )
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream
+        return None
+
+
+def _run_first(model: nn.Module, batch: Any) -> Any:
+    """Run the network on the inputs of a batch of inputs and targets."""
+    if isinstance(batch, Mapping):
+        raise ValueError("Batches are dicts: give `forward_fn=lambda model, batch: ...`, which runs the network on one.")
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _energy_widths(chosen: Mapping[str, GroupSpectrum], energy: float) -> dict[str, int]:
+    return {name: pfa.energy_width(found.spectrum, energy) for name, found in chosen.items()}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _size(graph: ChannelGraph, plan: Plan | None, tensor: str) -> int:
+    shape = graph.shapes[tensor]
+    return int(np.prod(shape if plan is None else plan.shape_after(tensor, shape)))

@@ -1,0 +1,172 @@
+"""What a checkpoint of a pruned network holds, and how the network is built again from it.
+
+Everything lies under ``checkpoint["lit_compress"]`` as builtin types, independent of any callback's state: the plan of all cuts so
+far, relative to the network as its constructor builds it. Applied to a fresh network, it makes room for the weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_compress.naming import relocation
+from lit_compress.plan import Plan, note_plan, plan_of
+from lit_compress.recipe import Recipe
+from lit_compress.slicing import all_tensors, cut_tensors
+
+KEY = "lit_compress"
+FORMAT = 1
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def write_plan(model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
+    """Put into a checkpoint what it takes to build the network again; nothing if nothing was cut."""
+    plan = plan_of(model)
+    if plan is not None:
+        checkpoint[KEY] = {"format": FORMAT, "plan": plan.to_dict()}
+
+
+def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
+    """The plan that a checkpoint holds, or None if its network was never cut.
+
+    Raises:
+        ValueError: If a later version of this package wrote it.
+    """
+    entry = checkpoint.get(KEY)
+    if entry is None:
+        return None
+    if entry.get("format") != FORMAT:
+        raise ValueError(
+            f"The checkpoint was written in format {entry.get('format')} but this version of lit-compress reads format {FORMAT}; "
+            "upgrade lit-compress."
+        )
+    return Plan.from_dict(entry["plan"])
+
+
+def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Cut a network, in place, to the sizes of a checkpoint, before the weights are loaded.
+
+    Args:
+        model: The network as its constructor builds it; nothing happens if it was cut to the same plan already.
+        checkpoint: A Lightning checkpoint.
+
+    Raises:
+        ValueError: If the network was cut in another way, or is not the one that the checkpoint was made from.
+    """
+    plan, present = read_plan(checkpoint), plan_of(model)
+    if present == plan:
+        return
+    if present is not None:
+        held = "an uncut network" if plan is None else f"one cut by {plan.recipe.method}"
+        raise ValueError(
+            f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network anew and load into that."
+        )
+    if plan is not None:
+        _cut_to(model, plan)
+
+
+def load_pruned(
+    model_or_class: Network | type[Network],
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    recipe: Recipe | str | Path | None = None,
+    **init: Any,
+) -> Network:
+    """Build a pruned network again and load its weights, also for classes that know nothing of this package.
+
+    Args:
+        model_or_class: The uncut network, as its constructor builds it, or its class.
+        checkpoint: File or content of a Lightning checkpoint, or of a plain state dict together with ``recipe``.
+        recipe: The recipe of all cuts, or its file, for a plain state dict.
+        init: Arguments for the constructor of a class; they go before the hyperparameters that the checkpoint holds.
+
+    Returns:
+        The network, cut and with its weights loaded: the given one, or a new one of the given class.
+
+    Raises:
+        ValueError: If the weights do not fit the network, the file holds more than tensors and builtin types, or a state dict of a
+            cut network comes without a recipe.
+
+    Example:
+        >>> import torch
+        >>> from lit_compress import cut
+        >>> def build():
+        ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> small, recipe = build(), Recipe(keep={"0": (1, 5)})
+        >>> _ = cut(small, recipe, torch.rand(1, 4))
+        >>> again = load_pruned(build(), small.state_dict(), recipe=recipe)
+        >>> x = torch.rand(3, 4)
+        >>> torch.equal(small(x), again(x))
+        True
+    """
+    content = _read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    weights: Mapping[str, Tensor] = content.get("state_dict", content)
+    model = _build(model_or_class, content, init) if isinstance(model_or_class, type) else model_or_class
+    if recipe is not None:
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        if plan_of(model) is None:
+            _cut_to(model, _plan_from_shapes(model, weights, recipe))
+    else:
+        rebuild(model, content)
+    if hasattr(model, "on_load_checkpoint") and weights is not content:
+        model.on_load_checkpoint(content)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        hint = "" if recipe is not None or KEY in content else " A plain state dict of a cut network needs `recipe=`."
+        raise ValueError(f"The weights do not fit {type(model).__name__}: {error}.{hint}") from error
+    return model
+
+
+def _cut_to(model: nn.Module, plan: Plan) -> None:
+    change = relocation(plan.keep, all_tensors(model))
+    if change is None:
+        missing = sorted(set(plan.keep) - set(all_tensors(model)))
+        raise ValueError(f"The checkpoint was made from another network: {type(model).__name__} lacks {missing[:3]}.")
+    plan = plan.renamed(add=change.add, drop=change.drop)
+    cut_tensors(model, plan.keep, plan.take)
+    note_plan(model, plan)
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    try:
+        content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and builtin types, and loading it could run code: {error} "
+            "If you trust it, pass `torch.load(path, weights_only=False)` instead of the path."
+        ) from error
+    return content
+
+
+def _build(kind: type[Network], content: Mapping[str, Any], init: Mapping[str, Any]) -> Network:
+    """An instance of a class, from the hyperparameters of its checkpoint and further arguments."""
+    stored = dict(content.get("hyper_parameters", {}))
+    parameters = inspect.signature(kind.__init__).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        stored = {name: value for name, value in stored.items() if name in parameters}
+    return kind(**{**stored, **init})
+
+
+def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: Recipe) -> Plan:
+    """A plan that makes room for weights; which indices it keeps is of no account, since all values are overwritten."""
+    tensors = all_tensors(model)
+    keep: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, tensor in tensors.items():
+        found = weights.get(name)
+        if found is None or found.shape == tensor.shape:
+            continue
+        if found.ndim != tensor.ndim or any(new > old for new, old in zip(found.shape, tensor.shape, strict=True)):
+            raise ValueError(f"Tensor {name!r} has shape {tuple(found.shape)}, which is not cut out of {tuple(tensor.shape)}.")
+        keep[name] = {dim: tuple(range(new)) for dim, (new, old) in enumerate(zip(found.shape, tensor.shape, strict=True)) if new < old}
+    for layer, channels in recipe.keep.items():
+        weight = weights.get(f"{layer}.weight")
+        if weight is not None and len(channels) not in weight.shape[:2]:
+            raise ValueError(f"The recipe keeps {len(channels)} channels of layer {layer!r}, whose weight has shape {tuple(weight.shape)}.")
+    return Plan(recipe=recipe, keep=keep, shapes={name: tuple(tensors[name].shape) for name in keep})

@@ -1,0 +1,94 @@
+"""The spectrum of channels that are chosen together, from the covariances of the layers that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_compress.graph import ChannelGraph, ChannelGroup
+from lit_compress.labels import FIXED
+from lit_compress.selection import pfa
+from lit_compress.statistics.covariance import StreamingCovariance
+
+
+@dataclass(frozen=True)
+class GroupSpectrum:
+    """What the responses of tied channels say: those of one layer, or of the layers that share a residual stream.
+
+    Args:
+        group: The channels.
+        spectrum: Share of energy in each principal direction, descending, ``(C,)``.
+        order: Positions of the group's channels in the order in which they are removed, ``(C,)``.
+        inactive: How many of the first in ``order`` hardly vary and are removed in any case.
+    """
+
+    group: ChannelGroup
+    spectrum: Tensor
+    order: Tensor
+    inactive: int
+
+    def kept(self, width: int, min_width: int) -> Tensor:
+        """Positions that stay, ascending."""
+        size = len(self.order)
+        most = max(size - min_width, 0)
+        return self.order[min(max(size - width, self.inactive), most) :].sort().values
+
+
+def group_spectra(
+    graph: ChannelGraph, covariances: Mapping[str, StreamingCovariance]
+) -> tuple[dict[str, GroupSpectrum], dict[str, str]]:
+    """The spectrum of every group of channels that has one, and the reason for each layer that is left whole.
+
+    Args:
+        graph: The network's graph.
+        covariances: Layer name to the covariance of its responses, of one pass over the data.
+
+    Returns:
+        Group name to spectrum, and layer name to the reason why nothing is cut out of it.
+    """
+    spectra, whole = {}, {name: why for name in graph.layers if (why := graph.why_whole(name))}
+    for group in graph.groups():
+        why = _unfit(group, covariances)
+        pooled = None if why else pooled_covariance(group, {name: covariances[name].compute() for name in group.members})
+        if pooled is None:
+            whole |= dict.fromkeys(group.members, why or "its responses are constant on these data")
+            continue
+        spectra[group.name] = GroupSpectrum(
+            group, pfa.spectrum(pooled), pfa.removal_order(pooled).cpu(), len(pfa.inactive_filters(pooled))
+        )
+    return spectra, whole
+
+
+def pooled_covariance(group: ChannelGroup, covariances: Mapping[str, Tensor]) -> Tensor | None:
+    """Covariance of a group's channels: that of its layer, or the sum over tied layers, each scaled to a total variance of 1.
+
+    The responses before a skip connection's sum differ in scale from layer to layer (a norm follows each), so that each layer has
+    the same say. Of uncorrelated branches, the covariance of the sum is the sum of the covariances.
+
+    Returns:
+        ``(C, C)`` float64 on the CPU, or None if every response is constant.
+    """
+    pooled = torch.zeros(len(group.classes), len(group.classes), dtype=torch.float64)
+    for name, position in group.members.items():
+        where = torch.from_numpy(position)
+        inside = where != FIXED
+        part = covariances[name].cpu()[inside][:, inside]
+        total = part.diagonal().sum()
+        if total > 0:
+            rows = torch.zeros(len(group.classes), len(part), dtype=torch.float64).index_add_(0, where[inside], part / total)
+            pooled.index_add_(1, where[inside], rows)
+    return pooled if pooled.diagonal().sum() > 0 else None
+
+
+def _unfit(group: ChannelGroup, covariances: Mapping[str, StreamingCovariance]) -> str:
+    """Why a group cannot be analysed, or an empty string."""
+    for name in group.members:
+        if name not in covariances:
+            return f"{name!r} is not a module of its own, so that its responses cannot be seen"
+        samples, channels = int(covariances[name].count), len(group.classes)
+        if samples < max(channels, 2):
+            return f"its {channels} channels need at least as many samples to have a spectrum, but it saw {samples}"
+    return ""
