@@ -108,19 +108,19 @@ class CutReport:
 
     def _table(self, first: Measurement, final: Mapping[str, float]) -> Table:
         table = Table(title=f"{self.recipe.method}, before epoch {self.epoch}")
-        for column in ("", "before", "after the cut", "after fine-tuning", "kept"):
+        for column in ("", "before", "after the cut", "fine-tuned", "kept"):
             table.add_column(column, justify="left" if column == "" else "right")
         for name, value in first.metrics.items():
             after, tuned = self.after.metrics.get(name), final.get(name)
             table.add_row(name, *("" if number is None else f"{number:.4f}" for number in (value, after, tuned)), "")
         for name, old, new in (
             ("parameters", first.parameters, self.after.parameters),
-            ("mult-adds (one sample)", first.mult_adds, self.after.mult_adds),
+            ("mult-adds", first.mult_adds, self.after.mult_adds),
         ):
             table.add_row(name, f"{old:,}", f"{new:,}", f"{new:,}", f"{new / old:.1%}")
         ratio = self.after.latency.median / first.latency.median
         table.add_row(
-            f"validation step (batch {self.batch_size})", str(first.latency), str(self.after.latency), "", f"{ratio:.1%}"
+            f"step, batch {self.batch_size}", str(first.latency), str(self.after.latency), "", f"{ratio:.1%}"
         )
         return table
 

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from lit_compress.checkpoint import load_pruned
     from lit_compress.recipe import Recipe
     from lit_compress.report import count_mult_adds, count_parameters
-    from lit_compress.surgery import Plan, cut
+    from lit_compress.plan import Plan
+    from lit_compress.surgery import cut
 
 __version__ = "0.1.0"
 
 # Public name -> module that holds it. Loaded on first use, so that `import lit_compress` needs no torch.
 _HOMES = {
     "Analysis": "lit_compress.analysis",
-    "Plan": "lit_compress.surgery",
+    "Plan": "lit_compress.plan",
     "Recipe": "lit_compress.recipe",
     "analyze": "lit_compress.analysis",
     "count_mult_adds": "lit_compress.report",

@@ -1,8 +1,6 @@
 """Makes `python -m lit_compress` the same as `lit-compress`."""
 
-import sys
-
 from lit_compress.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
+from lit_compress import rng
 from lit_compress.labels import FIXED
 from lit_compress.tracing import LabelMode, Vector, WeightUse, named_tensors
 
@@ -136,8 +138,11 @@ def trace(model: nn.Module, forward: Forward) -> ChannelGraph:
                 f"Parameter {name!r} has no values yet; run the network once (or materialise it) before analysing it."
             )
     mode = LabelMode(model)
-    with evaluating(model), mode.following():
-        outputs = forward()
+    with evaluating(model), rng.isolated(), mode.following():
+        try:
+            outputs = forward()
+        except Exception as error:
+            raise ValueError(f"{type(model).__name__} does not run on the example inputs; it failed in {mode.where}: {error}") from error
         mode.freeze_outputs(outputs)
     if not mode.leaving:
         raise ValueError(
@@ -148,14 +153,24 @@ def trace(model: nn.Module, forward: Forward) -> ChannelGraph:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then every submodule's own mode again."""
+    """Evaluation mode, and then every submodule's own mode and buffers again.
+
+    The modes are set one by one: `eval()` may be overridden with something that cannot be undone, and some forwards count in a
+    buffer whatever the mode.
+    """
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    buffers = [(module, name, buffer, buffer.clone()) for module in modes for name, buffer in module.named_buffers(recurse=False)]
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, name, buffer, content in buffers:
+            module._buffers[name] = buffer
+            if buffer.shape == content.shape and not buffer.is_meta and not torch.equal(buffer, content):
+                buffer.copy_(content)
 
 
 def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
@@ -172,11 +187,11 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
     for (name, dim), vector in mode.met.items():
         if (vector != FIXED).any():
             tensors.setdefault(name, {})[dim] = classify(vector)
-    layers = {}
-    for use in {use.weight: use for use in mode.uses}.values():
+    layers: dict[str, Layer] = {}
+    for use in mode.uses:
         name = _layer_name(use.weight)
         vector = mode.met[use.weight, use.out_dim]
-        layers[name] = Layer(name, use.weight, use.out_dim, classify(vector), mode.leaving[use.weight])
+        layers.setdefault(name, Layer(name, use.weight, use.out_dim, classify(vector), mode.leaving[use.weight]))
     met = {name for name, _ in mode.met}
     unused = [
         path
@@ -200,5 +215,5 @@ def _classes(mode: LabelMode) -> Vector:
 
 
 def _layer_name(weight: str) -> str:
-    owner, _, leaf = weight.rpartition(".")
+    owner, _, leaf = weight.removesuffix(".original").replace("parametrizations.weight", "weight").rpartition(".")
     return owner if leaf == "weight" else weight

@@ -53,7 +53,7 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
-class Undo:
+class _Undo:
     """What it takes to put tensors and attributes back: references to the old storage, no copies."""
 
     def __init__(self) -> None:
@@ -78,16 +78,13 @@ class Undo:
             tensor.grad = grad
 
 
-def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, Tensor], Tensor]) -> Undo:
+def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, Tensor], Tensor]) -> None:
     """Slice the parameters and buffers of a network, their gradients, and the sizes that its modules note.
 
     Args:
         model: The network, changed in place.
         keep: The names to slice.
         take: From a name and a tensor of its shape to what remains, as :meth:`Plan.take`.
-
-    Returns:
-        What undoes it.
 
     Raises:
         ValueError: If a tensor is missing or has another shape. Nothing is changed then.
@@ -99,20 +96,28 @@ def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, 
     with torch.no_grad():
         data = {name: take(name, tensors[name].data) for name in once.values()}
         grads = {name: take(name, grad) for name in once.values() if (grad := tensors[name].grad) is not None}
-    undo = Undo()
-    for name in once.values():
-        tensor = tensors[name]
-        undo.remember(tensor)
-        tensor.grad = None
-        set_data(tensor, data[name])
-        tensor.grad = grads.get(name)
-    owners = {name.rpartition(".")[0] for name in keep}
-    for path in sorted(owners):
-        _note_sizes(model.get_submodule(path), undo)
-    return undo
+    undo = _Undo()
+    try:
+        for name in once.values():
+            tensor = tensors[name]
+            undo.remember(tensor)
+            tensor.grad = None
+            set_data(tensor, data[name])
+            tensor.grad = grads.get(name)
+        for path in sorted({_owner(name) for name in keep}):
+            _note_sizes(model.get_submodule(path), undo)
+    except BaseException:
+        undo()
+        raise
 
 
-def _note_sizes(module: nn.Module, undo: Undo) -> None:
+def _owner(name: str) -> str:
+    """Path of the module that uses a parameter or buffer; with a parametrization, that is not the one which holds it."""
+    path = "." + name.rpartition(".")[0]
+    return path.partition(".parametrizations.")[0].removeprefix(".")
+
+
+def _note_sizes(module: nn.Module, undo: _Undo) -> None:
     for kind, sizes in _SIZES:
         if isinstance(module, kind):
             for name, size in sizes(module).items():
@@ -122,14 +127,30 @@ def _note_sizes(module: nn.Module, undo: Undo) -> None:
 
 
 @contextmanager
-def substituted(tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Other values for some tensors, for as long as the context lasts."""
-    undo = Undo()
+def substituted(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Run a network on other values, possibly of other shapes, for as long as the context lasts.
+
+    Args:
+        model: The network. Entries of its modules are exchanged; the parameters themselves are not touched, nor anything that
+            autograd or a DDP wrapper has attached to them.
+        values: Parameter or buffer to what stands in for it.
+    """
+    exchanged: list[tuple[dict[str, Any], str, Tensor]] = []
+    resized: set[str] = set()
+    undo = _Undo()
     try:
-        for tensor, data in tensors.items():
-            undo.remember(tensor)
-            tensor.grad = None
-            set_data(tensor, data)
+        for path, module in model.named_modules():
+            for entries in (module._parameters, module._buffers):
+                for name, tensor in list(entries.items()):
+                    if tensor is not None and tensor in values:
+                        exchanged.append((entries, name, tensor))
+                        entries[name] = values[tensor]  # type: ignore[assignment]
+                        if values[tensor].shape != tensor.shape:
+                            resized.add(_owner(f"{path}.{name}" if path else name))
+        for path in sorted(resized):
+            _note_sizes(model.get_submodule(path), undo)
         yield
     finally:
         undo()
+        for entries, name, tensor in exchanged:
+            entries[name] = tensor

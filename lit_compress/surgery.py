@@ -70,16 +70,14 @@ def cut(
     if graph is None:
         graph = trace(model, lambda: forward_fn(model, example_inputs))
     plan = plan_for(model, graph, recipe)
+    if not plan.keep:
+        return plan
+    if verify:
+        SelfCheck(model, graph, plan, forward_fn, example_inputs).compare()
     before = plan_of(model)
-    check = SelfCheck(model, graph, plan, forward_fn, example_inputs) if verify and plan.keep else None
-    undo = cut_tensors(model, plan.keep, plan.take)
-    try:
-        if check is not None:
-            check.compare()
-    except BaseException:
-        undo()
-        raise
-    note_plan(model, plan if before is None else before.then(plan))
+    composed = plan if before is None else before.then(plan)
+    cut_tensors(model, plan.keep, plan.take)
+    note_plan(model, composed)
     return plan
 
 

@@ -40,37 +40,16 @@ _ALONG_DIM = {
 }  # fmt: skip
 _SHAPE_ONLY = {
     "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift",
-    "repeat", "view_as_real", "_conj",
+    "repeat", "view_as_real", "_conj", "flip",
 }  # fmt: skip
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 # Pick by position along a dimension: on a dimension that carries channels, the positions would be others after a cut.
-_POSITIONAL = {
-    "slice",
-    "select",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "narrow",
-    "roll",
-    "flip",
-    "index_select",
-    "index",
-    "gather",
-    "unfold",
-}
+_POSITIONAL = {"slice", "select", "split", "split_with_sizes", "unbind", "narrow", "roll", "index_select", "index", "gather", "unfold"}  # fmt: skip
 _SAME_SHAPE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 _NO_EFFECT = {
-    "size",
-    "sym_size",
-    "sym_numel",
-    "stride",
-    "new_empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "is_same_size",
+    "size", "sym_size", "sym_numel", "stride", "new_empty", "new_zeros", "new_ones", "new_full", "is_same_size",
     "_has_same_storage_numel",
-}
+}  # fmt: skip
 # Element-wise, though not tagged so in every version of torch.
 _POINTWISE = {"copy", "hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "elu", "silu", "gelu", "clamp", "masked_fill", "where", "native_dropout",
               "bernoulli", "relu", "relu6", "threshold", "_prelu_kernel", "celu", "selu", "mish", "softplus", "log_sigmoid_forward"}  # fmt: skip
@@ -113,7 +92,9 @@ class LabelMode(TorchDispatchMode):
         self._labels: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._stack: list[str] = [""]
+        self._model = model
+        self._parameters = {name for name, _ in model.named_parameters()}
+        self._stack: list[tuple[int, str]] = [(0, "")]
         for name, tensor in named_tensors(model):
             self._origins[tensor] = tuple(frozenset({(name, dim)}) for dim in range(tensor.ndim))
 
@@ -124,14 +105,17 @@ class LabelMode(TorchDispatchMode):
         """Enter the mode and keep track of the module that runs, so that refusals can name it."""
 
         def enter(module: nn.Module, _: Any) -> None:
-            path = self._paths.get(id(module), self._stack[-1])
+            path = self._paths.get(id(module), self.path)
             self.called.add(path)
-            self._stack.append(path)
+            self._stack.append((id(module), path))
 
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            self._stack.pop()
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
+            while self._stack.pop()[0] != id(module):  # modules that failed, where the forward caught it, never left
+                pass
+            if module is self._model:
+                self.freeze_outputs(output)
 
-        hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
             with torch.no_grad(), self:
                 yield self
@@ -140,9 +124,14 @@ class LabelMode(TorchDispatchMode):
                 hook.remove()
 
     @property
+    def path(self) -> str:
+        """Path of the module that is running, or in which the forward failed."""
+        return self._stack[-1][1]
+
+    @property
     def where(self) -> str:
-        """The module that is running."""
-        return repr(self._stack[-1]) if self._stack[-1] else "the forward"
+        """The module that is running, for a sentence."""
+        return repr(self.path) if self.path else "the forward"
 
     # ---------------------------------------------------------------- what is found out
 
@@ -180,9 +169,9 @@ class LabelMode(TorchDispatchMode):
 
     def freeze_outputs(self, outputs: Any) -> None:
         """What the network returns keeps its channels."""
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                self.freeze(self._labels.get(tensor), "they are the output of the network")
+        for tensor in tensors_in(outputs):
+            self.freeze(self._label(tensor), "they are the output of the network")
+            self.pin(tensor, "it is the output of the network")
 
     # ---------------------------------------------------------------- one operation
 
@@ -232,6 +221,10 @@ class LabelMode(TorchDispatchMode):
         label: Tensor | None = self._labels.get(tensor) if isinstance(tensor, Tensor) else None
         return label
 
+    def _label_or_fixed(self, tensor: Tensor) -> Tensor:
+        label = self._label(tensor)
+        return fixed(tensor.shape) if label is None else label
+
     def _barrier(self, call: _Call) -> None:
         why = f"{call.name} in {self.where} is not known to keep channels apart"
         for tensor in call.tensors:
@@ -276,10 +269,14 @@ class LabelMode(TorchDispatchMode):
     ) -> None:
         """End the labels of `x` along `dim` and start new ones on the output."""
         origin, labels = self._origins.get(weight), self._label(x)
-        if origin is None or not origin[out_dim] or dict(origin[in_dim]).keys() != dict(origin[out_dim]).keys():
-            self.freeze(labels, f"the weight of {call.name} in {self.where} is computed from other tensors (weight norm, say)")
+        self.pin(x, f"{call.name} in {self.where} multiplies a parameter like an activation")
+        if origin is None or not _is_weight(origin[out_dim], origin[in_dim]):
+            why = f"the weight of {call.name} in {self.where} is computed from other tensors (weight norm, say)"
+            self.freeze(labels, why)
+            self.pin(weight, why)
             if bias is not None:
-                self.pin(bias, f"{self.where} is left whole")
+                self.freeze(self._label(bias), why)
+                self.pin(bias, why)
             return
         entering = np.full(x.shape[dim], FIXED)
         if labels is not None:
@@ -306,13 +303,17 @@ class LabelMode(TorchDispatchMode):
             self.pin(weight, why)
         else:
             self.meet(origin[out_dim], leaving, why)
-        if bias is not None and self._origins.get(bias) is not None:
-            self.meet(self._origins[bias][-1], leaving, why)
-        elif bias is not None:
-            self.freeze(leaving, f"the bias of {self.where} is computed from other tensors")
-        name, axis = min(origin[out_dim])
+        if bias is not None and bias.shape[-1] == width:
+            axis = self._origins[bias][-1] if bias in self._origins else frozenset()
+            if axis and self._label(bias) is None:
+                self.meet(axis, leaving, why)
+            else:
+                computed = f"the bias of {self.where} is computed from other tensors"
+                self.freeze(leaving, computed)
+                self.freeze(self._label(bias), computed)
+        name, dimension = min(origin[out_dim], key=lambda pair: (pair[0] not in self._parameters, pair))
         self.leaving[name] = self.leaving.get(name, False) or not depthwise
-        self.uses.append(WeightUse(name, out_dim=axis, in_dim=dict(origin[in_dim])[name], positions=positions))
+        self.uses.append(WeightUse(name, out_dim=dimension, in_dim=dict(origin[in_dim])[name], positions=positions))
         self._labels[call.first] = spread(torch.from_numpy(leaving), call.first.shape, dim)
 
     def _batch_norm(self, call: _Call) -> None:
@@ -326,7 +327,7 @@ class LabelMode(TorchDispatchMode):
             tensor = call.bound.get(key)
             if tensor is None:
                 continue
-            if self._origins.get(tensor) is None:
+            if tensor not in self._origins or not self._origins[tensor][0]:
                 self.freeze(labels, f"the {key} of {self.where} is computed from other tensors")
             else:
                 self.meet(self._origins[tensor][0], vector.numpy().astype(np.int64), why)
@@ -355,11 +356,13 @@ class LabelMode(TorchDispatchMode):
         shape = torch.broadcast_shapes(*(labels.shape for _, labels in parts))
         full: list[Tensor] = []
         for tensor, labels in parts:
-            size = (1,) * (len(shape) - tensor.ndim) + tuple(tensor.shape)
-            stretched = any(size[dim] == 1 < shape[dim] for dim in range(len(shape)))
-            if stretched and len(parts) > 1:
+            one = [dim for dim in range(len(shape)) if labels.shape[dim] == 1 < shape[dim]]
+            if one:
                 # One channel (a spatial attention map, say) that meets many: it cannot be tied to all of them.
                 self.freeze(labels, f"one channel is applied to many in {self.where} ({call.name})")
+                if not all(_stretched(tensor, dim - len(shape)) for dim in one):
+                    for _, others in parts:
+                        self.freeze(others, f"they meet copies of one channel in {self.where} ({call.name})")
             else:
                 full.append(labels)
         united = full[0] if full else parts[0][1]
@@ -383,7 +386,7 @@ class LabelMode(TorchDispatchMode):
             lead = ndim - tensor.ndim
             origin = self._origins.get(tensor)
             for dim in carrying:
-                if dim < lead or tensor.shape[dim - lead] == 1:
+                if dim < lead or _stretched(tensor, dim - lead):
                     continue
                 vector = vectors[dim]
                 why = f"they meet a tensor of fixed size in {self.where} ({call.name})"
@@ -415,12 +418,13 @@ class LabelMode(TorchDispatchMode):
 
     def _pool(self, call: _Call) -> None:
         mixed = next(int(digit) for digit in "123" if f"{digit}d" in call.name)
-        x = next(tensor for tensor in call.tensors if self._label(tensor) is not None or tensor in self._origins)
+        x, *others = call.tensors
         labels = self._label(x)
         if labels is None or any(varies(labels, dim) for dim in range(labels.ndim - mixed, labels.ndim)):
             return self._barrier(call)
-        others = [tensor for tensor in call.tensors if tensor is not x]
-        if any(self._label(tensor) is not None for tensor in others) and not call.name.startswith("max_unpool"):
+        if call.name.startswith("max_unpool"):
+            labels = self._side_by_side([labels, *map(self._label_or_fixed, others)], call)
+        elif any(self._label(tensor) is not None or tensor in self._origins for tensor in others):
             return self._barrier(call)
         for tensor in call.outputs:
             self._labels[tensor] = collapsed(labels).expand(tensor.shape)
@@ -455,10 +459,16 @@ class LabelMode(TorchDispatchMode):
         for part in parts:
             self.pin(part, f"{self.where} concatenates a parameter with activations")
         parts = [part for part in parts if part.numel() or part.ndim == call.first.ndim]
-        labels = [fixed(part.shape) if (label := self._label(part)) is None else label for part in parts]
+        labels = [self._label_or_fixed(part) for part in parts]
         if call.name == "stack":
             labels = [label.unsqueeze(dim) for label in labels]
         small = [collapsed(label) for label in labels]
+        if any(size > 1 for label in small for d, size in enumerate(label.shape) if d != dim):
+            # Joined along another dimension than that of the channels, which the parts therefore share.
+            if any(label.shape[dim] > 1 for label in small):
+                return self._barrier(call)
+            self._labels[call.first] = self._side_by_side(small, call).expand(call.first.shape)
+            return None
         constant = [all(label.shape[d] == 1 for label in small) for d in range(call.first.ndim)]
         shape = [1 if constant[d] else size for d, size in enumerate(call.first.shape)]
         resized = [
@@ -467,6 +477,18 @@ class LabelMode(TorchDispatchMode):
         ]
         self._labels[call.first] = torch.cat(resized, dim).expand(call.first.shape)
         return None
+
+    def _side_by_side(self, labels: Sequence[Tensor], call: _Call) -> Tensor:
+        """Tie parts whose extents must agree where they carry channels; returns the labels of all of them, collapsed."""
+        small = [collapsed(label) for label in labels]
+        why = f"they meet a tensor of fixed size in {self.where} ({call.name})"
+        if any(label.shape != small[0].shape for label in small):
+            for label in small:
+                self.freeze(label, why)
+            return fixed((1,) * small[0].ndim)
+        for label in small[1:]:
+            self.tie(small[0].reshape(-1).numpy(), label.reshape(-1).numpy(), why)
+        return small[0]
 
     def _constant_pad(self, call: _Call) -> None:
         labels = self._label(call.bound["self"])
@@ -478,6 +500,8 @@ class LabelMode(TorchDispatchMode):
         for index in range(len(pads) // 2):
             if small.shape[small.ndim - 1 - index] == 1:
                 pads[2 * index] = pads[2 * index + 1] = 0
+        if min(pads, default=0) < 0:
+            self.freeze(labels, f"{self.where} crops channels by their position ({call.name})")
         self._labels[call.first] = torch.constant_pad_nd(small, pads, FIXED).expand(call.first.shape)
         return None
 
@@ -533,9 +557,11 @@ class LabelMode(TorchDispatchMode):
             return [] if whole else [dim]
         if name == "index":
             return [dim for dim, index in enumerate(call.bound["indices"]) if index is not None]
-        if name in ("roll", "flip"):
+        if name == "roll":
             dims = call.bound.get("dims")
             return list(range(x.ndim)) if not dims else list(dims)
+        if name == "gather":
+            return list(range(x.ndim))  # it takes as many of every dimension as the index has
         if name == "unfold":
             return [call.bound["dimension"]]
         return [call.bound.get("dim", 0)] if name in _POSITIONAL else []
@@ -595,6 +621,32 @@ class _Call:
     @property
     def first(self) -> Tensor:
         return self.outputs[0]
+
+
+def _is_weight(out_axis: frozenset[tuple[str, int]], in_axis: frozenset[tuple[str, int]]) -> bool:
+    """Whether something used as a weight is a parameter, or as many of one shape combined element by element.
+
+    Hooks that recompute a module's `weight` from `weight_orig` leave a copy in the module that no cut would reach.
+    """
+    names = dict(out_axis).keys()
+    return bool(names) and names == dict(in_axis).keys() and not any(name.endswith("_orig") for name in names)
+
+
+def _stretched(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor has one value along a dimension, however often an `expand` repeats it."""
+    return -dim > tensor.ndim or tensor.shape[dim] == 1 or tensor.stride(dim) == 0
+
+
+def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Every tensor in nested containers and, up to some depth, in the attributes of other objects (dataclasses, say)."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, (nn.Module, type)):
+            held: list[Any] = [getattr(leaf, name, None) for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+            held += getattr(leaf, "__dict__", {}).values()
+            held += leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, (set, frozenset)) else ()
+            yield from tensors_in(held, depth - 1)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

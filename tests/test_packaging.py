@@ -139,14 +139,17 @@ def test_installed_command_answers_from_anywhere(target, tmp_path):
 
 def test_checkout_is_whole_even_beside_an_installation(target):
     """From the root, the checkout's `lit_compress/` hides the installed one; its callbacks must not come from there."""
-    names = ["lit_compress", "lit_compress.callbacks", "lit_compress.datamodules", "lit_compress.selection"]
-    found = places(sys.executable, names, cwd=ROOT, path=[ROOT, target])
-    assert {name: file.parent for name, file in found.items()} == {
+    code = (
+        "import sys; from importlib.util import find_spec; print(*(find_spec(name).origin for name in sys.argv[1:]), sep='\\n')"
+    )
+    expected = {
         "lit_compress": ROOT / "lit_compress",
         "lit_compress.callbacks": ROOT / "callbacks",
         "lit_compress.datamodules": ROOT / "datamodules",
         "lit_compress.selection": ROOT / "lit_compress" / "selection",
     }
+    found = run(sys.executable, "-c", code, *expected, cwd=ROOT, path=[ROOT, target]).splitlines()
+    assert [Path(origin).parent for origin in found] == list(expected.values())
 
 
 def test_help_from_the_root_does_not_wait_for_torch():

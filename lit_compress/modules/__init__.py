@@ -1,5 +1,6 @@
-"""LightningModules."""
+"""LightningModules, and what makes a user's own load pruned checkpoints."""
 
 from lit_compress.modules.classifier import LitClassifier
+from lit_compress.modules.prunable import PrunableMixin
 
-__all__ = ["LitClassifier"]
+__all__ = ["LitClassifier", "PrunableMixin"]

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from lit_compress.modules.prunable import PrunableMixin
+
 Batch = tuple[Tensor, Tensor]
 
 
-class LitClassifier(LightningModule):
+class LitClassifier(PrunableMixin, LightningModule):
     """Train a network to name the class of each sample, by cross-entropy.
 
     Batch: ``(samples (N, *), labels (N,) int64 below num_classes)``.

@@ -232,7 +232,7 @@ def _standardised(cov: Tensor) -> Tensor:
     # Divided first: the variances of a very small or large unit would not survive being added, multiplied or squared.
     covariance = covariance / largest
     # At 4096 filters a matrix is 134 MB and a transposed read three times as slow as a copy, so: one copy, and in place.
-    skew = covariance.T.contiguous().sub_(covariance)
+    skew = covariance.T.clone(memory_format=torch.contiguous_format).sub_(covariance)
     if max(skew.aminmax()) > 1e-3:
         raise ValueError("The covariance is not symmetric: give the (C, C) covariance, not the responses.")
     return covariance.add_(skew, alpha=0.5)
