@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lit_compress.callbacks.steps import transfer
-from lit_compress.statistics.gather import in_order
+from lit_compress.callbacks.steps import is_dev_run, transfer
+from lit_compress.statistics.gather import batch_size, in_order
 
+_RANDOM = ("Random", "Augment", "AugMix", "Jitter")  # in the names of torchvision's transforms
 Choice = Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None
 
 
@@ -20,7 +21,7 @@ def analysis_batches(trainer: Trainer, pl_module: LightningModule, choice: Choic
     """Batches for an analysis, on the module's device: in a fixed order, each sample once where the loader allows it.
 
     Args:
-        trainer: The running Trainer. In a ``fast_dev_run`` one batch is enough.
+        trainer: The running Trainer. In a ``fast_dev_run``, only as many batches as its widest layer needs to have a spectrum.
         pl_module: Its module.
         choice: As the argument ``loader`` of :class:`~lit_compress.callbacks.PruningCallback`.
         max_samples: Use this many samples, drawn at random with a fixed seed. None for all.
@@ -28,9 +29,9 @@ def analysis_batches(trainer: Trainer, pl_module: LightningModule, choice: Choic
     Raises:
         MisconfigurationException: If the Trainer has no such data, or several loaders of it.
     """
-    loader = _offered(trainer, pl_module) if choice is None else None
-    if loader is None:
-        loader = _trainers_own(trainer, "train" if choice is None else choice) if choice is None or isinstance(choice, str) else choice
+    loader = _offered(trainer, pl_module) if choice is None else choice
+    if loader is None or isinstance(loader, str):
+        loader = _trainers_own(trainer, loader or "train")
     if (augmentation := _augmentation(loader)) is not None:
         rank_zero_warn(
             f"The analysis reads data that are augmented at random ({augmentation}). Give the module or datamodule a method "
@@ -46,13 +47,15 @@ class _Transferred:
         self._loader, self._trainer, self._pl_module = loader, trainer, pl_module
 
     def __iter__(self) -> Iterator[Any]:
+        seen, enough = 0, max(len(parameter) for parameter in self._pl_module.parameters() if parameter.ndim)
         for batch in self._loader:
             yield transfer(self._trainer, self._pl_module, batch)
-            if self._trainer.fast_dev_run:
+            seen += batch_size(batch)
+            if is_dev_run(self._trainer) and seen >= enough:
                 return
 
     def __len__(self) -> int:
-        return 1 if self._trainer.fast_dev_run else len(self._loader)
+        return len(self._loader)
 
 
 def _offered(trainer: Trainer, pl_module: LightningModule) -> Any:
@@ -73,19 +76,21 @@ def _trainers_own(trainer: Trainer, split: str) -> Any:
     loaders = [] if combined is None else combined.flattened
     if len(loaders) != 1:
         raise MisconfigurationException(
-            f"The analysis needs one {split} loader but the Trainer has {len(loaders)}. Pass `loader=`, or give the module or datamodule "
-            "a method `analysis_dataloader()`."
+            f"The analysis needs one {split} loader but the Trainer has {len(loaders)}. Pass `loader=`, or give the module or "
+            "datamodule a method `analysis_dataloader()`."
         )
     return loaders[0]
 
 
 def _augmentation(loader: Any) -> str | None:
     """A random transform of the loader's data set, if there seems to be one."""
-    dataset = getattr(loader, "dataset", None)
-    while dataset is not None:
+    datasets = [getattr(loader, "dataset", None)]
+    for dataset in datasets:
         for name in ("transform", "transforms"):
             written = repr(getattr(dataset, name, None))
-            if "Random" in written:
+            if any(word in written for word in _RANDOM):
                 return " ".join(written.split())[:100]
-        dataset = getattr(dataset, "dataset", None)
+        # Subsets and concatenations hold what they are made from.
+        inner = [getattr(dataset, "dataset", None), *getattr(dataset, "datasets", ())]
+        datasets += [one for one in inner if one is not None]
     return None

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_compress.analysis import Analysis
+from lit_compress.callbacks.steps import is_dev_run
+from lit_compress.graph import ChannelGroup
+from lit_compress.labels import FIXED
 from lit_compress.pictures import plot_spectra, plot_widths
 from lit_compress.recipe import Recipe
 from lit_compress.report import Latency
@@ -59,10 +62,16 @@ class CutReport:
         """Log the cut with every logger of the Trainer, and write recipe, table and pictures to disk.
 
         Logged: ``compress/parameters``, ``compress/mult_adds`` (one sample), ``compress/latency_ms``, ``compress/width/<layer>``
-        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``; as pictures ``compress/spectra`` and
-        ``compress/widths`` where the logger takes them.
+        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``; as pictures ``compress/spectra``
+        and ``compress/widths`` where the logger takes them.
+
+        Args:
+            trainer: The running Trainer.
+            analysis: What the recipe was chosen from.
+            recipe: This cut, relative to the network before it, with every layer that lost channels.
+            index: Number of the cut, in the names of the files.
         """
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_dev_run(trainer):
             return
         before = {name: len(layer.classes) for name, layer in analysis.graph.layers.items()}
         widths = before | recipe.widths
@@ -74,7 +83,7 @@ class CutReport:
         values |= {f"compress/width/{name}": width for name, width in widths.items()}
         values |= {f"compress/before_cut/{name}": value for name, value in self.before.metrics.items()}
         values |= {f"compress/after_cut/{name}": value for name, value in self.after.metrics.items()}
-        kept = {name: len(found.kept(widths[name], 1)) for name, found in analysis.spectra.items()}
+        kept = {name: _kept(found.group, recipe) for name, found in analysis.spectra.items()}
         figures = {
             "spectra": plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, kept),
             "widths": plot_widths(before, recipe.widths),
@@ -92,7 +101,7 @@ class CutReport:
 
     def finish(self, trainer: Trainer, first: Measurement, final: Mapping[str, float]) -> None:
         """Log and print what the run gained: before the first cut, after the last one, and after fine-tuning."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_dev_run(trainer):
             return
         for logger in trainer.loggers:
             logger.log_metrics({f"compress/fine_tuned/{name}": value for name, value in final.items()}, step=trainer.global_step)
@@ -117,11 +126,9 @@ class CutReport:
             ("parameters", first.parameters, self.after.parameters),
             ("mult-adds", first.mult_adds, self.after.mult_adds),
         ):
-            table.add_row(name, f"{old:,}", f"{new:,}", f"{new:,}", f"{new / old:.1%}")
+            table.add_row(name, f"{old:,}", f"{new:,}", f"{new:,}", f"{new / max(old, 1):.1%}")
         ratio = self.after.latency.median / first.latency.median
-        table.add_row(
-            f"step, batch {self.batch_size}", str(first.latency), str(self.after.latency), "", f"{ratio:.1%}"
-        )
+        table.add_row(f"step, batch {self.batch_size}", str(first.latency), str(self.after.latency), "", f"{ratio:.1%}")
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +145,13 @@ class CutReport:
         return cls(epoch=data["epoch"], batch_size=data["batch_size"], recipe=Recipe.from_dict(data["recipe"]), **moments)
 
 
+def _kept(group: ChannelGroup, recipe: Recipe) -> int:
+    """Channels of a group that a recipe keeps."""
+    position = group.members[group.name]
+    stays = list(recipe.keep.get(group.name, range(len(position))))
+    return int((position[stays] != FIXED).sum())
+
+
 def output_folder(trainer: Trainer) -> Path:
     """Where a run's recipes and pictures go: ``lit_compress/`` in the logger's folder, or in the Trainer's root folder."""
     folder = Path(trainer.log_dir or trainer.default_root_dir) / "lit_compress"
@@ -147,7 +161,7 @@ def output_folder(trainer: Trainer) -> Path:
 
 def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
     """Log a picture with a logger that takes pictures; the file on disk serves the others."""
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):  # Weights & Biases
         logger.log_image(key=name, images=[figure], step=step)
     elif hasattr(experiment, "add_figure"):  # TensorBoard

@@ -19,11 +19,11 @@ class PFAPruning(PruningCallback):
 
     Args:
         energy: Share of each layer's response energy to keep, in (0, 1]. Lower cuts more.
-        keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The result is at or below it, counted on
-            the network as cut.
+        keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The result is at or below it,
+            counted on the network as cut.
         keep_mult_adds: The same for mult-adds.
-        kwargs: When, where and on what, as for :class:`PruningCallback`. With several cuts, a target for the whole is approached in
-            equal ratios: 0.25 in two cuts is 0.5 and then 0.25 of the original.
+        kwargs: When, where and on what, as for :class:`PruningCallback`. With several cuts, a target for the whole is approached
+            in equal ratios: 0.25 in two cuts is 0.5 and then 0.25 of the original.
 
     Raises:
         MisconfigurationException: If more than one target is given or a value is out of range.

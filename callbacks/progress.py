@@ -15,7 +15,7 @@ from lit_compress.statistics.gather import Progress
 def progress_of(trainer: Trainer, description: str = "Analysis") -> Progress | None:
     """What shows the progress of a pass where the Trainer shows its own; None where it shows none."""
     bar = trainer.progress_bar_callback
-    if bar is None or bar.is_disabled:
+    if not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
         return None
     if isinstance(bar, RichProgressBar):
 
@@ -33,6 +33,4 @@ def progress_of(trainer: Trainer, description: str = "Analysis") -> Progress | N
                 bar.progress.update(task, visible=False)
 
         return rich
-    if isinstance(bar, TQDMProgressBar):
-        return lambda batches, total: tqdm(batches, desc=description, total=total, leave=False, dynamic_ncols=True)
-    return None
+    return lambda batches, total: tqdm(batches, desc=description, total=total, leave=False, dynamic_ncols=True)

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lit_compress import rng
-from lit_compress.analysis import Analysis, analyze
+from lit_compress.analysis import Analysis, analyze, matches
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.schedule import CutSchedule
-from lit_compress.callbacks.steps import bare_step, drop, evaluate, silent_step, untouched, validating
+from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
 from lit_compress.checkpoint import rebuild, write_plan
 from lit_compress.graph import evaluating
 from lit_compress.plan import plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.report import count_parameters, measure_latency
+from lit_compress.slicing import all_tensors, set_data
 from lit_compress.statistics.gather import batch_size, first_samples
 from lit_compress.surgery import cut, plan_for
 
@@ -31,10 +37,12 @@ from lit_compress.surgery import cut, plan_for
 class PruningCallback(Callback, ABC):
     """Cuts channels out of any LightningModule while it trains; subclasses choose which.
 
-    At the start of an epoch the module's data are passed through it once in evaluation mode, a recipe is chosen, and the network is
-    cut in place. The module, its parameters and its optimizers stay the objects they were: optimizer state is sliced, schedules go
-    on. A checkpoint says what was cut, so that ``fit(ckpt_path=...)`` rebuilds the network before it loads the weights, also for a
-    module that knows nothing of this package; the run then goes on exactly as if it had not stopped.
+    At the start of an epoch the module's data are passed through it once in evaluation mode, a recipe is chosen, and the network
+    is cut in place. The module, its parameters and its optimizers stay the objects they were: optimizer state is sliced,
+    schedules go on. A checkpoint says what was cut, so that ``fit(ckpt_path=...)`` rebuilds the network before it loads the
+    weights, also for a module that knows nothing of this package; the run then goes on exactly as if it had not stopped.
+
+    In a ``fast_dev_run`` the cut is made before its only epoch, whatever the trigger, and nothing is logged.
 
     Args:
         at_epoch: Cut once, before this epoch, counted from 0. If no trigger is given, half of ``max_epochs``.
@@ -43,19 +51,22 @@ class PruningCallback(Callback, ABC):
         max_cuts: How often to cut. Needed by ``every_n_epochs``; otherwise 1.
         monitor: Metric that the module logs.
         mode: Whether ``monitor`` is better when lower (``"min"``) or higher (``"max"``).
-        patience: Epochs without improvement that count as convergence.
+        patience: Epochs without improvement that count as convergence. An epoch that the Trainer does not validate is not looked
+            at.
         include: Patterns over module names, as ``"net.layer1.*"``: the layers that may be cut.
         exclude: Patterns of layers to leave whole.
         min_width: Channels that each layer keeps at least.
-        loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the module or
-            the datamodule if there is one, otherwise the training data.
+        loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
+            module or the datamodule if there is one, otherwise the training data.
         max_samples: Use this many samples of it, drawn at random with a fixed seed. None for all.
         evaluate: Run the validation data before and after each cut, to tell what the cut itself costs.
-        verify: Check on real data that the cut is exact, and otherwise put everything back and raise.
+        verify: Check on real data that the cut is exact and that ``training_step`` still runs, and otherwise put everything back
+            and raise.
 
     Raises:
-        MisconfigurationException: If the triggers contradict each other or the Trainer. From the start of ``fit``: if the strategy
-            cannot be cut in flight.
+        MisconfigurationException: If the triggers contradict each other or the Trainer. From the start of ``fit``: if the
+            strategy cannot be cut in flight, a pattern matches no module, or a module under manual optimization has no
+            ``validation_step``.
     """
 
     def __init__(
@@ -77,7 +88,13 @@ class PruningCallback(Callback, ABC):
         verify: bool = True,
     ) -> None:
         self.schedule = CutSchedule(
-            at_epoch=at_epoch, every_n_epochs=every_n_epochs, when=when, max_cuts=max_cuts, monitor=monitor, mode=mode, patience=patience
+            at_epoch=at_epoch,
+            every_n_epochs=every_n_epochs,
+            when=when,
+            max_cuts=max_cuts,
+            monitor=monitor,
+            mode=mode,
+            patience=patience,
         )
         if min_width < 1:
             raise MisconfigurationException(f"Argument `min_width` must be at least 1 but got {min_width}.")
@@ -85,12 +102,17 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException(f"Argument `max_samples` must be at least 2 or None but got {max_samples}.")
         if isinstance(loader, str) and loader not in ("train", "val"):
             raise MisconfigurationException(f"Argument `loader` must be 'train', 'val' or a DataLoader but got {loader!r}.")
+        if isinstance(loader, Iterator):
+            raise MisconfigurationException(
+                "Argument `loader` is an iterator, which runs dry: give what can be iterated over again."
+            )
         if isinstance(include, str) or isinstance(exclude, str):
             raise MisconfigurationException("Arguments `include` and `exclude` are lists of patterns, not one string.")
         self.include, self.exclude, self.min_width = tuple(include), tuple(exclude), min_width
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
         self.reports: list[CutReport] = []
         self._resumed_rng: dict[str, Any] | None = None
+        self._validated = False  # in this epoch
 
     @abstractmethod
     def choose(self, analysis: Analysis) -> Recipe:
@@ -105,36 +127,59 @@ class PruningCallback(Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(schedule=str(self.schedule))
+        return self._generate_state_key(schedule=str(self.schedule), include=self.include, exclude=self.exclude)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and see to it that a checkpoint of the cut network finds room for its weights."""
-        if stage == "fit":
+        _keep_plan_in_checkpoints(pl_module)
+        if stage != "fit":
+            return
+        if trainer.global_step == 0:  # what is resumed brings its own state later
+            self.schedule.reset()
+            self.reports = []
+        if not is_dev_run(trainer):
             self.schedule.resolve(trainer.max_epochs)
-            _refuse_strategy(trainer)
-        _rebuild_on_load(pl_module)
+        _refuse_strategy(trainer)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot work on this module, now that it is configured."""
+        names = [name for name, _ in pl_module.named_modules()]
+        for pattern in (*self.include, *self.exclude):
+            if not any(matches(name, pattern) for name in names):
+                raise MisconfigurationException(f"Pattern {pattern!r} matches no module of {type(pl_module).__name__}.")
+        if not pl_module.automatic_optimization and not is_overridden("validation_step", pl_module):
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} optimizes manually, so that its `training_step` cannot be run without training. "
+                "Give it a `validation_step`, which shows how the network is used."
+            )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed_rng is not None:
             _resume_rng(trainer, self._resumed_rng)
             self._resumed_rng = None
-        if self.schedule.due(trainer.current_epoch):
+        self._validated = False
+        if self.schedule.due(trainer.current_epoch) or (is_dev_run(trainer) and not self.schedule.cuts):
             self.cut_now(trainer, pl_module)
-            self.schedule.note_cut(trainer.current_epoch)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = not trainer.sanity_checking
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.schedule.watch(trainer.callback_metrics)
+        if self._validated or not trainer.enable_validation:
+            self.schedule.watch(trainer.callback_metrics)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.reports:
             return
-        report = self.reports[-1]
-        final = {name: float(value) for name, value in trainer.callback_metrics.items() if name in self.reports[0].before.metrics}
-        report.finish(trainer, self.reports[0].before, final)
+        first = self.reports[0].before
+        final = {name: float(value) for name, value in trainer.callback_metrics.items() if name in first.metrics}
+        self.reports[-1].finish(trainer, first, final)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -142,7 +187,11 @@ class PruningCallback(Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self.schedule.state_dict(), "rng": rng.collect(), "reports": [report.to_dict() for report in self.reports]}
+        return {
+            "schedule": self.schedule.state_dict(),
+            "rng": rng.collect(),
+            "reports": [report.to_dict() for report in self.reports],
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -153,7 +202,13 @@ class PruningCallback(Callback, ABC):
     # ---------------------------------------------------------------- the cut
 
     def cut_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Analyse, choose, cut, and bring everything along that goes with the network. If anything fails, nothing has changed."""
+        """Analyse, choose, cut, and bring everything along that goes with the network. If anything fails, nothing has changed.
+
+        Raises:
+            MisconfigurationException: If there are no data for the analysis.
+            ValueError: If the target cannot be reached, an optimizer's state cannot follow, or the network would not work once
+                cut.
+        """
         with rng.isolated(), validating(trainer):
             loader = analysis_batches(trainer, pl_module, self.loader, self.max_samples)
             batch = next(iter(loader), None)
@@ -173,10 +228,14 @@ class PruningCallback(Callback, ABC):
             plan = plan_for(pl_module, analysis.graph, recipe)
             followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
             before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
-            cut(pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph)
-            for follow in followers:
-                follow()
-            after = self._measure(trainer, pl_module, batch, analysis.mult_adds(recipe))
+            with _all_or_nothing(pl_module, trainer.optimizers):
+                trains = self.verify and training_error(trainer, pl_module, batch) is None
+                cut(pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph)
+                for follow in followers:
+                    follow()
+                if trains and (error := training_error(trainer, pl_module, batch)) is not None:
+                    _refuse_training(pl_module, analysis, error)
+                after = self._measure(trainer, pl_module, batch, analysis.mult_adds(recipe))
         composed = plan_of(pl_module)
         report = CutReport(
             epoch=trainer.current_epoch,
@@ -185,14 +244,17 @@ class PruningCallback(Callback, ABC):
             after=after,
             batch_size=batch_size(batch),
         )
+        self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
-        report.publish(trainer, analysis, recipe, index=len(self.reports) - 1)
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+        with rng.isolated():
+            report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
         if not plan.keep:
             rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, mult_adds: int) -> Measurement:
         step = bare_step(pl_module)
-        with evaluating(pl_module), untouched(pl_module, drop):
+        with evaluating(pl_module), untouched(pl_module, drop), trainer.precision_plugin.val_step_context():
             latency = measure_latency(lambda: step(pl_module, batch), device=pl_module.device)
         return Measurement(
             parameters=count_parameters(pl_module),
@@ -202,41 +264,114 @@ class PruningCallback(Callback, ABC):
         )
 
 
-def _rebuild_on_load(pl_module: LightningModule) -> None:
-    """Cut the module to a checkpoint's sizes before its weights load.
+@contextmanager
+def _all_or_nothing(pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """If anything fails inside, network and optimizers are put back to what they were. No tensor is copied for it."""
+    tensors = [(tensor, tensor.data, tensor.grad) for tensor in dict.fromkeys(all_tensors(pl_module).values())]
+    modules = [
+        (module, type(module), dict(vars(module)), dict(module._parameters), dict(module._buffers))
+        for module in pl_module.modules()
+    ]
+    states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, parameters, buffers in modules:
+            module.__class__ = kind
+            _refill(vars(module), attributes)
+            _refill(module._parameters, parameters)
+            _refill(module._buffers, buffers)
+        for tensor, data, grad in tensors:
+            tensor.grad = None
+            set_data(tensor, data)
+            tensor.grad = grad
+        for state, before in states:
+            _refill(state, before)
+        raise
 
-    A callback's own load hooks run after the weights; the module's runs before, and gets the whole checkpoint.
+
+def _refill(present: dict[str, Any], before: dict[str, Any]) -> None:
+    present.clear()
+    present.update(before)
+
+
+def _refuse_training(pl_module: LightningModule, analysis: Analysis, error: Exception) -> None:
+    unseen = ", ".join(map(repr, analysis.graph.unused[:3]))
+    raise ValueError(
+        f"After the cut, the `training_step` of {type(pl_module).__name__} fails: {error}. The channels were followed through "
+        f"`validation_step`{f', which does not run {unseen}' if unseen else ''}. Run the same layers in both, or leave the "
+        "layers that feed them out with `exclude`."
+    ) from error
+
+
+def _keep_plan_in_checkpoints(pl_module: LightningModule) -> None:
+    """Let the module note in each checkpoint what was cut, and be cut to a checkpoint's sizes before the weights load.
+
+    A callback's own load hooks run after the weights, and its save hooks not at all for a file of weights alone. The module's get
+    the whole checkpoint, always. They are methods bound to the instance, so that copies and pickles of the module hold their own.
     """
-    own = pl_module.on_load_checkpoint
-    if getattr(own, "rebuilds_pruned", False):
-        return
+    for hook in (on_load_checkpoint, on_save_checkpoint):
+        own = vars(pl_module).get(hook.__name__)
+        if getattr(own, "__func__", None) is hook:
+            continue
+        if own is not None:  # somebody else's, on the instance as well
+            vars(pl_module)[f"_lit_compress_{hook.__name__}"] = own
+        vars(pl_module)[hook.__name__] = types.MethodType(hook, pl_module)
 
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        rebuild(pl_module, checkpoint)
-        own(checkpoint)
 
-    on_load_checkpoint.rebuilds_pruned = True  # type: ignore[attr-defined]  # so that several callbacks wrap it once
-    vars(pl_module)["on_load_checkpoint"] = on_load_checkpoint
+# Named as on the module: a bound method is pickled by its name.
+def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Cut the module to the sizes of the checkpoint, before its weights load."""
+    rebuild(self, checkpoint)
+    own = vars(self).get("_lit_compress_on_load_checkpoint")
+    type(self).on_load_checkpoint(self, checkpoint) if own is None else own(checkpoint)
+
+
+def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Note in the checkpoint what was cut."""
+    write_plan(self, checkpoint)
+    own = vars(self).get("_lit_compress_on_save_checkpoint")
+    type(self).on_save_checkpoint(self, checkpoint) if own is None else own(checkpoint)
 
 
 def _resume_rng(trainer: Trainer, states: dict[str, Any]) -> None:
     """Go on with the random numbers where the checkpoint was written, so that a resumed run is the same run.
 
-    The Trainer has made the iterator of a resumed epoch before this, with other random numbers; it is made again here, where an
-    uninterrupted run makes it.
+    The Trainer has made the iterator of a resumed epoch before this, with other random numbers. It is made again where an
+    uninterrupted run makes it: after the hooks at the start of the epoch, right before the first batch.
     """
     rng.restore(states)
     loop = trainer.fit_loop
     fetcher = loop._data_fetcher
-    if fetcher is not None and (getattr(loop, "is_resuming", False) or loop.epoch_loop.restarting):
+    if fetcher is None or not (getattr(loop, "is_resuming", False) or loop.epoch_loop.restarting):
+        return
+    if fetcher.length is None:  # it has fetched ahead, to see the end come
         iter(fetcher)
+    else:
+        fetcher.iterator = _Later(fetcher)
+
+
+class _Later(Iterator[Any]):
+    """An iterator over a fetcher's loader that is made when the first batch is asked for."""
+
+    def __init__(self, fetcher: Any) -> None:
+        self._fetcher = fetcher
+
+    @override
+    def __next__(self) -> Any:
+        self._fetcher.iterator = iter(self._fetcher.combined_loader)
+        return next(self._fetcher.iterator)
 
 
 def _refuse_strategy(trainer: Trainer) -> None:
     name = type(trainer.strategy).__name__
     if "FSDP" in name or "DeepSpeed" in name or "ModelParallel" in name:
         raise MisconfigurationException(
-            f"{name} shards the parameters, which cannot be cut in flight. Cut before sharding: apply a recipe in `configure_model`."
+            f"{name} shards the parameters, which cannot be cut in flight. Cut before sharding: apply a recipe in "
+            "`configure_model`."
         )
-    if trainer.world_size > 1:
-        raise MisconfigurationException(f"Pruning runs in one process so far but {name} uses {trainer.world_size}. Set `devices=1`.")
+    if trainer.world_size > 1 or isinstance(trainer.strategy, ParallelStrategy):
+        raise MisconfigurationException(
+            f"So far, pruning runs in one process, on the module itself, but {name} wraps it and uses {trainer.world_size}. "
+            'Set `devices=1, strategy="auto"`.'
+        )

@@ -51,6 +51,7 @@ class CutSchedule:
             raise MisconfigurationException(f"Argument `mode` must be 'min' or 'max' but got {mode!r}.")
         if patience < 1:
             raise MisconfigurationException(f"Argument `patience` must be at least 1 but got {patience}.")
+        self._given_epoch = at_epoch
         self.at_epoch, self.every_n_epochs, self.when = at_epoch, every_n_epochs, when
         self.max_cuts = max_cuts or 1
         self.monitor, self.mode, self.patience = monitor, mode, patience
@@ -59,9 +60,17 @@ class CutSchedule:
         self._stale = 0
 
     def __str__(self) -> str:
+        """The trigger, the same for as long as it lives."""
         if self.every_n_epochs is not None:
-            return f"every {self.every_n_epochs} epochs, {self.max_cuts} times"
-        return "when converged" if self.when else "at one epoch"
+            return f"every {self.every_n_epochs} epochs"
+        if self.when is not None:
+            return f"when {self.monitor} has converged"
+        return "halfway" if self._given_epoch is None else f"before epoch {self._given_epoch}"
+
+    def reset(self) -> None:
+        """Forget all cuts: another run begins."""
+        self.at_epoch, self.cuts = self._given_epoch, []
+        self._best, self._stale = None, 0
 
     def resolve(self, max_epochs: int | None) -> None:
         """Check the schedule against the length of training, and fill in what was left open.
@@ -73,7 +82,8 @@ class CutSchedule:
         if self.at_epoch is None and self.every_n_epochs is None and self.when is None:
             if endless:
                 raise MisconfigurationException(
-                    "The Trainer has no `max_epochs`, so half of it is no time to cut: give `at_epoch`, `every_n_epochs` or `when`."
+                    "The Trainer has no `max_epochs`, so half of it is no time to cut: "
+                    "give `at_epoch`, `every_n_epochs` or `when`."
                 )
             self.at_epoch = (max_epochs or 0) // 2
         first = self.at_epoch if self.at_epoch is not None else self.every_n_epochs
@@ -114,9 +124,9 @@ class CutSchedule:
             raise MisconfigurationException(f"`monitor={self.monitor!r}` is not logged; there are {sorted(metrics)}.")
         value = float(metrics[self.monitor])
         sign = 1 if self.mode == "min" else -1
-        if self._best is None or sign * value < sign * self._best:
+        if not math.isnan(value) and (self._best is None or sign * value < sign * self._best):
             self._best, self._stale = value, 0
-        else:  # NaN compares false: a diverged run counts as stale
+        else:
             self._stale += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,5 +138,3 @@ class CutSchedule:
         self.cuts, self._best, self._stale = list(state["cuts"]), state["best"], state["stale"]
         if self.every_n_epochs is None and self.when is None:
             self.at_epoch = state["at_epoch"]
-        if self._best is not None and math.isnan(self._best):
-            self._best = None

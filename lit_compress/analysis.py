@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from lit_compress import rng
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.plan import Plan, plan_of
 from lit_compress.recipe import Recipe
@@ -33,9 +35,15 @@ class Analysis:
     """
 
     def __init__(
-        self, graph: ChannelGraph, spectra: Mapping[str, GroupSpectrum], whole: Mapping[str, str], samples: int, example_batch: int,
-        parameters: int, before: Plan | None,
-    ) -> None:  # fmt: skip
+        self,
+        graph: ChannelGraph,
+        spectra: Mapping[str, GroupSpectrum],
+        whole: Mapping[str, str],
+        samples: int,
+        example_batch: int,
+        parameters: int,
+        before: Plan | None,
+    ) -> None:
         self.graph, self.spectra, self.whole, self.samples = graph, dict(spectra), dict(whole), samples
         self._batch = example_batch
         self._parameters = parameters
@@ -66,8 +74,8 @@ class Analysis:
             A recipe relative to the network that was analysed. Hand it to :func:`~lit_compress.cut`.
 
         Raises:
-            ValueError: If more than one target is given, a value is out of range, a pattern matches no layer, or the target cannot be
-                reached (the message names the smallest size that can).
+            ValueError: If more than one target is given, a value is out of range, a pattern matches no layer, or the target
+                cannot be reached (the message names the smallest size that can).
         """
         given = {"energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
         targets = {name: value for name, value in given.items() if value is not None}
@@ -140,18 +148,18 @@ class Analysis:
         return LayerTable(method=recipe.method, rows=tuple(rows), sizes=sizes)
 
     def _note(self, layer: str) -> str:
-        tied = [name for name, found in self.spectra.items() if layer in found.group.members and name != layer]
+        tied = [found.group.name for found in self.spectra.values() if layer in found.group.members and found.group.name != layer]
         return self.whole.get(layer, f"follows {tied[0]}" if tied else "")
 
     def _chosen(self, include: Sequence[str], exclude: Sequence[str]) -> dict[str, GroupSpectrum]:
         for pattern in (*include, *exclude):
-            if not any(_matches(name, pattern) for name in self.graph.layers):
+            if not any(matches(name, pattern) for name in self.graph.layers):
                 raise ValueError(f"Pattern {pattern!r} matches no layer; the layers are {', '.join(self.graph.layers)}.")
         return {
             name: found
             for name, found in self.spectra.items()
-            if all(any(_matches(member, pattern) for pattern in include) for member in found.group.members)
-            and not any(_matches(member, pattern) for pattern in exclude for member in found.group.members)
+            if all(any(matches(member, pattern) for pattern in include) for member in found.group.members)
+            and not any(matches(member, pattern) for pattern in exclude for member in found.group.members)
         }
 
     def _recipe(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], min_width: int, method: str) -> Recipe:
@@ -223,13 +231,14 @@ def analyze(
 
     Args:
         model: The network, on its device. It is analysed in evaluation mode and left as it was.
-        loader: Batches. A plain shuffled ``DataLoader`` is read in its data set's order. The data decide the recipe: give the domain
-            that the small network is for.
+        loader: Batches. A plain shuffled ``DataLoader`` is read in its data set's order. The data decide the recipe: give the
+            domain that the small network is for.
         method: What the statistics are for. ``"pfa"``: Principal Filter Analysis.
         example_inputs: Inputs to trace the network with; the first samples of ``loader`` if None.
-        forward_fn: Runs the network on a batch as ``loader`` gives it. By default the first entry of a batch that is a tuple or a list
-            (of inputs and targets) goes to ``model``.
-        max_samples: Use this many samples, drawn at random with a fixed seed. None for all. Each layer needs more samples than it has
+        forward_fn: Runs the network on a batch as ``loader`` gives it. By default the first entry of a batch that is a tuple or a
+            list (of inputs and targets) goes to ``model``.
+        max_samples: Use this many samples, drawn at random with a fixed seed where the loader is a plain ``DataLoader``,
+            otherwise the first ones up to the end of a batch. None for all. Each layer needs at least as many samples as it has
             channels, or it is left whole.
         progress: Wraps the loader in a progress bar, given the number of batches or None.
 
@@ -249,24 +258,23 @@ def analyze(
     if method != "pfa":
         raise ValueError(f"Argument `method` must be 'pfa' but got {method!r}.")
     run_batch = forward_fn or _run_first
-    loader = in_order(loader, max_samples=max_samples)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if example_inputs is None:
-        first = next(iter(loader), None)
-        if first is None:
-            raise ValueError("The analysis needs data, but the loader gave no batch.")
-        example = to_device(first_samples(first), device)
-        graph = trace(model, lambda: run_batch(model, example))
-    else:
-        example = to_device(example_inputs, device)
-        graph = trace(model, lambda: (forward_fn or call)(model, example))
-    modules = dict(model.named_modules())
-    members = {member for group in graph.groups() for member in group.members if member in modules}
-    layers = {name: len(layer.classes) for name, layer in graph.layers.items() if name in members}
-    batches = loader if progress is None else progress(loader, _length(loader))
-    covariances = gather_covariances(
-        model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples
-    )
+    with rng.isolated():
+        loader = in_order(loader, max_samples=max_samples)
+        if example_inputs is None:
+            first, loader = _peek(loader)
+            example = to_device(first_samples(first), device)
+            graph = trace(model, lambda: run_batch(model, example))
+        else:
+            example = to_device(example_inputs, device)
+            graph = trace(model, lambda: (forward_fn or call)(model, example))
+        modules = dict(model.named_modules())
+        members = {member for group in graph.groups() for member in group.members if member in modules}
+        layers = {name: len(layer.classes) for name, layer in graph.layers.items() if name in members}
+        batches = loader if progress is None else progress(loader, _length(loader))
+        covariances = gather_covariances(
+            model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples
+        )
     return Analysis(
         graph,
         *group_spectra(graph, covariances),
@@ -275,6 +283,14 @@ def analyze(
         parameters=count_parameters(model),
         before=plan_of(model),
     )
+
+
+def _peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and what still gives all of them."""
+    batches = iter(loader)
+    for first in batches:
+        return first, chain([first], batches) if batches is loader else loader
+    raise ValueError("The analysis needs data, but the loader gave no batch.")
 
 
 def _length(loader: Any) -> int | None:
@@ -295,7 +311,8 @@ def _energy_widths(chosen: Mapping[str, GroupSpectrum], energy: float) -> dict[s
     return {name: pfa.energy_width(found.spectrum, energy) for name, found in chosen.items()}
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern such as ``"layer1.*"`` matches a layer's name; a name matches itself, whatever characters it holds."""
     return name == pattern or fnmatchcase(name, pattern)
 
 

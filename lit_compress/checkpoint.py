@@ -1,7 +1,7 @@
 """What a checkpoint of a pruned network holds, and how the network is built again from it.
 
-Everything lies under ``checkpoint["lit_compress"]`` as builtin types, independent of any callback's state: the plan of all cuts so
-far, relative to the network as its constructor builds it. Applied to a fresh network, it makes room for the weights.
+Everything lies under ``checkpoint["lit_compress"]`` as builtin types, independent of any callback's state: the plan of all cuts
+so far, relative to the network as its constructor builds it. Applied to a fresh network, it makes room for the weights.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if present is not None:
         held = "an uncut network" if plan is None else f"one cut by {plan.recipe.method}"
         raise ValueError(
-            f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network anew and load into that."
+            f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network anew "
+            "and load into that."
         )
     if plan is not None:
         _cut_to(model, plan)
@@ -83,15 +84,15 @@ def load_pruned(
     Args:
         model_or_class: The uncut network, as its constructor builds it, or its class.
         checkpoint: File or content of a Lightning checkpoint, or of a plain state dict together with ``recipe``.
-        recipe: The recipe of all cuts, or its file, for a plain state dict.
+        recipe: The recipe of all cuts, or its file, for a plain state dict. A checkpoint that notes its cuts goes by its own.
         init: Arguments for the constructor of a class; they go before the hyperparameters that the checkpoint holds.
 
     Returns:
         The network, cut and with its weights loaded: the given one, or a new one of the given class.
 
     Raises:
-        ValueError: If the weights do not fit the network, the file holds more than tensors and builtin types, or a state dict of a
-            cut network comes without a recipe.
+        ValueError: If the weights do not fit the network, the file holds more than tensors and builtin types, or a state dict of
+            a cut network comes without a recipe.
 
     Example:
         >>> import torch
@@ -107,21 +108,24 @@ def load_pruned(
     """
     content = _read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
     weights: Mapping[str, Tensor] = content.get("state_dict", content)
-    model = _build(model_or_class, content, init) if isinstance(model_or_class, type) else model_or_class
-    if recipe is not None:
+    model: Any = _build(model_or_class, content, init) if isinstance(model_or_class, type) else model_or_class
+    if recipe is not None and KEY not in content:
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         if plan_of(model) is None:
-            _cut_to(model, _plan_from_shapes(model, weights, recipe))
+            _cut_to(model, _plan_from_shapes(model, weights, _under_names_of(model, recipe)))
+        content = {**content}
+        write_plan(model, content)  # for a module that looks for itself
     else:
         rebuild(model, content)
-    if hasattr(model, "on_load_checkpoint") and weights is not content:
+    if hasattr(model, "on_load_checkpoint") and "state_dict" in content:
         model.on_load_checkpoint(content)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, strict=getattr(model, "strict_loading", True))
     except RuntimeError as error:
         hint = "" if recipe is not None or KEY in content else " A plain state dict of a cut network needs `recipe=`."
         raise ValueError(f"The weights do not fit {type(model).__name__}: {error}.{hint}") from error
-    return model
+    loaded: Network = model
+    return loaded
 
 
 def _cut_to(model: nn.Module, plan: Plan) -> None:
@@ -145,13 +149,25 @@ def _read(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def _build(kind: type[Network], content: Mapping[str, Any], init: Mapping[str, Any]) -> Network:
+def _build(kind: type[Network], content: Mapping[str, Any], init: dict[str, Any]) -> Network:
     """An instance of a class, from the hyperparameters of its checkpoint and further arguments."""
     stored = dict(content.get("hyper_parameters", {}))
-    parameters = inspect.signature(kind.__init__).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        stored = {name: value for name, value in stored.items() if name in parameters}
-    return kind(**{**stored, **init})
+    parameters = inspect.signature(kind).parameters
+    from_config = stored.pop("_instantiator", None) == "pytorch_lightning.cli.instantiate_module"
+    open_ended = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+    if (holder := content.get("hparams_name")) in parameters and holder not in open_ended:  # one argument that holds them all
+        stored = {holder: stored}
+    arguments = {name: value for name, value in stored.items() if open_ended or name in parameters} | init
+    if from_config:  # written by a LightningCLI: networks among the arguments are still `class_path` and `init_args`
+        from pytorch_lightning.cli import instantiate_module
+
+        model: Any = instantiate_module(kind, arguments)
+    else:
+        model = kind(**arguments)
+    if callable(getattr(model, "configure_model", None)):
+        model.configure_model()
+    built: Network = model
+    return built
 
 
 def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: Recipe) -> Plan:
@@ -159,14 +175,23 @@ def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: R
     tensors = all_tensors(model)
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
-        found = weights.get(name)
-        if found is None or found.shape == tensor.shape:
-            continue
-        if found.ndim != tensor.ndim or any(new > old for new, old in zip(found.shape, tensor.shape, strict=True)):
-            raise ValueError(f"Tensor {name!r} has shape {tuple(found.shape)}, which is not cut out of {tuple(tensor.shape)}.")
-        keep[name] = {dim: tuple(range(new)) for dim, (new, old) in enumerate(zip(found.shape, tensor.shape, strict=True)) if new < old}
+        new = tuple(weights[name].shape) if name in weights else tuple(tensor.shape)
+        old = tuple(tensor.shape)
+        if len(new) != len(old) or any(after > before for after, before in zip(new, old, strict=True)):
+            raise ValueError(f"Tensor {name!r} has shape {new}, which is not cut out of {old}.")
+        if new != old:
+            keep[name] = {dim: tuple(range(after)) for dim, after in enumerate(new) if after < old[dim]}
     for layer, channels in recipe.keep.items():
         weight = weights.get(f"{layer}.weight")
         if weight is not None and len(channels) not in weight.shape[:2]:
-            raise ValueError(f"The recipe keeps {len(channels)} channels of layer {layer!r}, whose weight has shape {tuple(weight.shape)}.")
+            raise ValueError(
+                f"The recipe keeps {len(channels)} channels of layer {layer!r}, whose weight has shape {tuple(weight.shape)}."
+            )
     return Plan(recipe=recipe, keep=keep, shapes={name: tuple(tensors[name].shape) for name in keep})
+
+
+def _under_names_of(model: nn.Module, recipe: Recipe) -> Recipe:
+    """A recipe under the names that a network gives its layers."""
+    names = [*dict(model.named_modules()), *all_tensors(model)]
+    change = relocation(recipe.keep, names) if recipe.keep else None
+    return recipe if change is None else recipe.renamed(add=change.add, drop=change.drop)

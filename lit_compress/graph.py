@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,6 +70,7 @@ class ChannelGraph:
         frozen: Class to the reason why it must stay.
         uses: Each application of a weight.
         unused: Layers with parameters that the traced forward never ran.
+        refused: What looks like a layer but is not in ``layers``, to the reason why.
     """
 
     layers: Mapping[str, Layer]
@@ -79,6 +80,7 @@ class ChannelGraph:
     frozen: Mapping[int, str]
     uses: tuple[WeightUse, ...]
     unused: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self) -> list[ChannelGroup]:
         """Channels that may be cut, sorted into groups that share the same layers."""
@@ -142,11 +144,14 @@ def trace(model: nn.Module, forward: Forward) -> ChannelGraph:
         try:
             outputs = forward()
         except Exception as error:
-            raise ValueError(f"{type(model).__name__} does not run on the example inputs; it failed in {mode.where}: {error}") from error
+            raise ValueError(
+                f"{type(model).__name__} does not run on the example inputs; it failed in {mode.where}: {error}"
+            ) from error
         mode.freeze_outputs(outputs)
     if not mode.leaving:
         raise ValueError(
-            f"The forward ran no convolution or linear layer of {type(model).__name__}; it must run the network that is to be cut."
+            f"The forward ran no convolution or linear layer of {type(model).__name__}; "
+            "it must run the network that is to be cut."
         )
     return _graph(model, mode)
 
@@ -190,8 +195,8 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
     layers: dict[str, Layer] = {}
     for use in mode.uses:
         name = _layer_name(use.weight)
-        vector = mode.met[use.weight, use.out_dim]
-        layers.setdefault(name, Layer(name, use.weight, use.out_dim, classify(vector), mode.leaving[use.weight]))
+        made = classify(mode.made[use.weight])
+        layers.setdefault(name, Layer(name, use.weight, use.out_dim, made, mode.leaving[use.weight]))
     met = {name for name, _ in mode.met}
     unused = [
         path
@@ -202,7 +207,25 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
     ]
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused))
+    refused = {
+        **{_layer_name(name): "the forward does not run it" for path in unused for name in (f"{path}.weight",) if name in shapes},
+        **{path: why for path, why in mode.refused.items() if path not in layers},
+        **_aliases(model, layers),
+    }
+    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused)
+
+
+def _aliases(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Layers whose weight goes by the name of another one's."""
+    first = {
+        id(parameter): _layer_name(name) for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))
+    }
+    names = {_layer_name(name): first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: f"its weight is that of layer {layer!r}; name that one"
+        for name, layer in names.items()
+        if layer in layers and name not in layers and not name.endswith(".bias")
+    }
 
 
 def _classes(mode: LabelMode) -> Vector:

@@ -94,11 +94,12 @@ class Plan:
                 f"Tensor {name!r} should have shape {self.shapes[name]} before the cut but has {tuple(tensor.shape)}; "
                 "it was cut already, or belongs to another network."
             )
-        taken = tensor
+        taken = tensor.detach()
         for dim, indices in dims.items():
             taken = taken.index_select(dim, torch.tensor(indices, device=tensor.device))
-        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-            taken = taken.contiguous(memory_format=torch.channels_last)
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+        if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
+            taken = taken.contiguous(memory_format=channels_last)
         return taken
 
     def apply_to(self, target: Optimizer | nn.Module | MutableMapping[str, Tensor]) -> None:
@@ -115,8 +116,10 @@ class Plan:
         if isinstance(target, Optimizer):
             self.prepare(target)()
         elif isinstance(target, nn.Module):
-            fitted = self._fitted(all_tensors(target).keys(), "module")
+            fitted, before = self._fitted(all_tensors(target).keys(), "module"), plan_of(target)
+            composed = fitted if before is None else before.then(fitted)
             cut_tensors(target, fitted.keep, fitted.take)
+            note_plan(target, composed)
         elif isinstance(target, MutableMapping):
             stored = replace(self, keep={name: dims for name, dims in self.keep.items() if name not in self.transient})
             fitted = stored._fitted(target.keys(), "state dict")
@@ -131,7 +134,9 @@ class Plan:
             ValueError: If the optimizer holds state that cannot follow the cut. It is never changed by this method.
         """
         if self._names is None:
-            raise ValueError("This plan knows no parameters, only names; bind it to the network that was cut: plan.bound_to(model).")
+            raise ValueError(
+                "This plan knows no parameters, only names; bind it to the network that was cut: plan.bound_to(model)."
+            )
         new: list[tuple[dict[str, Any], str, Tensor]] = []
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             name = self._names.get(parameter)
@@ -144,9 +149,14 @@ class Plan:
                 if tuple(value.shape) != self.shapes[name]:
                     raise ValueError(
                         f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for parameter {name!r} of shape "
-                        f"{self.shapes[name]}; only state of the parameter's own shape can follow a cut. Cut before training starts."
+                        f"{self.shapes[name]}; only state of the parameter's own shape can follow a cut. "
+                        "Cut before training starts."
                     )
                 new.append((state, key, self.take(name, value)))
+            if isinstance(optimizer, torch.optim.LBFGS) and any(optimizer.state.values()):
+                raise ValueError(
+                    "LBFGS keeps a history of all parameters in one row, which cannot follow a cut. Cut before training starts."
+                )
 
         def follow() -> None:
             for state, key, value in new:
@@ -159,7 +169,10 @@ class Plan:
         change = relocation(self.keep, names)
         if change is None:
             missing = sorted(set(self.keep) - set(names))
-            raise ValueError(f"The {what} lacks {missing[:3]}, which the plan cuts; it belongs to another network.")
+            raise ValueError(
+                f"The {what} lacks {missing[:3]}, which the plan cuts; it belongs to another network, "
+                "or holds more than one copy of this one."
+            )
         return self.renamed(add=change.add, drop=change.drop)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,12 +187,15 @@ class Plan:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: If the format is from the future.
+            ValueError: If the format is from the future, or a field is missing.
         """
         if data.get("format") != FORMAT:
             raise ValueError(
-                f"The plan has format {data.get('format')} but this version of lit-compress reads format {FORMAT}; upgrade lit-compress."
+                f"The plan has format {data.get('format')} but this version of lit-compress reads format {FORMAT}; "
+                "upgrade lit-compress."
             )
+        if missing := sorted({"recipe", "keep", "shapes", "transient"} - set(data)):
+            raise ValueError(f"Expected a plan but {missing} are missing.")
         keep = {name: {int(dim): tuple(indices) for dim, indices in dims.items()} for name, dims in data["keep"].items()}
         shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
         return cls(recipe=Recipe.from_dict(data["recipe"]), keep=keep, shapes=shapes, transient=tuple(data["transient"]))

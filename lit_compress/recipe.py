@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import index
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,8 +41,11 @@ class Recipe:
     original: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("keep", "original"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"Argument `{name}` must map layer names but got {getattr(self, name)!r}.")
         keep = {layer: _indices(layer, channels) for layer, channels in self.keep.items()}
-        original = {layer: int(width) for layer, width in self.original.items()}
+        original = {layer: _integer(layer, width) for layer, width in self.original.items()}
         for layer, channels in keep.items():
             if original and layer not in original:
                 raise ValueError(f"Layer {layer!r} is in `keep` but not in `original`, which lists every layer of the network.")
@@ -68,23 +73,30 @@ class Recipe:
             A recipe relative to the network that was never cut.
 
         Raises:
-            ValueError: If ``following`` keeps a channel that this recipe has removed.
+            ValueError: If ``following`` keeps a channel that this recipe has removed, or was made on a network of other widths.
 
         Example:
             >>> first = Recipe(keep={"conv1": (0, 3, 5)})
             >>> dict(first.then(Recipe(keep={"conv1": (1, 2)})).keep)
             {'conv1': (3, 5)}
         """
+        for layer, width in following.original.items():
+            left = len(self.keep[layer]) if layer in self.keep else self.original.get(layer, width)
+            if width != left:
+                raise ValueError(
+                    f"The following recipe was made on {width} channels of layer {layer!r}, but this one leaves {left}."
+                )
         keep = dict(self.keep)
         for layer, channels in following.keep.items():
             before = keep.get(layer)
             if before is not None and channels[-1] >= len(before):
                 raise ValueError(f"Layer {layer!r} was cut to {len(before)} channels but would keep channel {channels[-1]}.")
             keep[layer] = channels if before is None else tuple(before[channel] for channel in channels)
-        before_any = {layer: width for layer, width in following.original.items() if layer not in self.keep}
-        original = dict(self.original) or (before_any if not self.keep else {})
-        method = following.method if not self.keep else f"{self.method} then {following.method}"
-        return Recipe(keep=keep, method=method, original=original)
+        # Layers that only the second forward ran were whole until then.
+        later = {layer: width for layer, width in following.original.items() if layer not in self.keep}
+        original = {**later, **self.original} if self.original or not self.keep else {}
+        methods = [recipe.method for recipe in (self, following) if recipe.keep] or [following.method]
+        return Recipe(keep=keep, method=" then ".join(methods), original=original)
 
     def renamed(self, *, add: str = "", drop: str = "") -> Recipe:
         """The same recipe for a network that holds this one's as a submodule, or is held by it.
@@ -119,11 +131,12 @@ class Recipe:
         Raises:
             ValueError: If the format is from the future, or a field is missing or malformed.
         """
-        if not isinstance(data, Mapping) or "keep" not in data or not isinstance(data["keep"], Mapping):
+        if not isinstance(data, Mapping) or not isinstance(data.get("keep"), Mapping):
             raise ValueError("Expected a recipe with a field `keep` (layer name to kept channels) but got something else.")
         if data.get("format", FORMAT) != FORMAT:
             raise ValueError(
-                f"The recipe has format {data['format']} but this version of lit-compress reads format {FORMAT}; upgrade lit-compress."
+                f"The recipe has format {data['format']} but this version of lit-compress reads format {FORMAT}; "
+                "upgrade lit-compress."
             )
         return cls(keep=data["keep"], method=data.get("method", "by hand"), original=data.get("original", {}))
 
@@ -155,9 +168,16 @@ def _indices(layer: str, channels: Iterable[int]) -> tuple[int, ...]:
         raise ValueError(f"Layer {layer!r} must keep a list of channel indices but got {channels!r}.") from None
     if not indices:
         raise ValueError(f"Layer {layer!r} would keep no channel; leave it out of `keep` to leave it whole.")
-    if any(isinstance(index, bool) or not hasattr(index, "__index__") for index in indices):
-        raise ValueError(f"Channels of layer {layer!r} must be integers but got {indices}.")
-    indices = tuple(index.__index__() for index in indices)
-    if indices[0] < 0 or any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
+    indices = tuple(_integer(layer, index) for index in indices)
+    if indices[0] < 0 or any(a >= b for a, b in pairwise(indices)):
         raise ValueError(f"Channels of layer {layer!r} must be non-negative and ascend without repeats but got {indices}.")
     return indices
+
+
+def _integer(layer: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):  # a mask is not a list of indices
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise ValueError(f"Channels of layer {layer!r} must be integers but got {value!r}.") from None

@@ -42,7 +42,8 @@ def count_mult_adds(model: nn.Module, example_inputs: Any, *, forward_fn: Forwar
 
     Args:
         model: The network.
-        example_inputs: Inputs of the size meant; a batch of one gives the usual figure. A tuple or list holds positional arguments.
+        example_inputs: Inputs of the size meant; a batch of one gives the usual figure. A tuple or list holds positional
+            arguments.
         forward_fn: How to run the network, where ``model(*example_inputs)`` is not it.
 
     Example:

@@ -18,7 +18,8 @@ from lit_compress.tracing import tensors_in
 
 # Rounding of two sums over the same terms in another order, through a deep network. Wrong channels give errors of order 1. In
 # float64 the bound leaves room for a forward that goes through float32 in between (1.2e-7).
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 1e-1}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 1e-1,
+              torch.complex128: 1e-6, torch.complex64: 1e-3}  # fmt: skip
 
 
 class SelfCheck:
@@ -118,6 +119,7 @@ class SelfCheck:
         with ExitStack() as stack:
             stack.enter_context(rng.isolated())
             stack.enter_context(evaluating(self._model))
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(substituted(self._model, self._values(silenced)))
             stack.enter_context(self._listening())

@@ -93,7 +93,8 @@ def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, 
     if missing := sorted(set(keep) - set(tensors)):
         raise ValueError(f"{type(model).__name__} lacks {missing[:3]}, which the plan cuts; it is another network.")
     once = {id(tensors[name]): name for name in keep}
-    with torch.no_grad():
+    torch.clear_autocast_cache()  # it holds casts of the old weights
+    with torch.inference_mode(False), torch.no_grad():
         data = {name: take(name, tensors[name].data) for name in once.values()}
         grads = {name: take(name, grad) for name in once.values() if (grad := tensors[name].grad) is not None}
     undo = _Undo()
@@ -144,7 +145,7 @@ def substituted(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[N
                 for name, tensor in list(entries.items()):
                     if tensor is not None and tensor in values:
                         exchanged.append((entries, name, tensor))
-                        entries[name] = values[tensor]  # type: ignore[assignment]
+                        entries[name] = values[tensor]
                         if values[tensor].shape != tensor.shape:
                             resized.add(_owner(f"{path}.{name}" if path else name))
         for path in sorted(resized):

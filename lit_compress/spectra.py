@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,19 +48,32 @@ def group_spectra(
         covariances: Layer name to the covariance of its responses, of one pass over the data.
 
     Returns:
-        Group name to spectrum, and layer name to the reason why nothing is cut out of it.
+        Group name (of its first layer; ``"conv#2"`` for the second group that starts with it) to spectrum, and layer name to the
+        reason why nothing is cut out of it.
     """
-    spectra, whole = {}, {name: why for name in graph.layers if (why := graph.why_whole(name))}
+    spectra: dict[str, GroupSpectrum] = {}
+    whole = {name: why for name in graph.layers if (why := graph.why_whole(name))}
+    read = _read_classes(graph)
     for group in graph.groups():
-        why = _unfit(group, covariances)
+        why = _unfit(group, covariances) if read.intersection(group.classes.tolist()) else "no layer reads its channels"
         pooled = None if why else pooled_covariance(group, {name: covariances[name].compute() for name in group.members})
         if pooled is None:
             whole |= dict.fromkeys(group.members, why or "its responses are constant on these data")
             continue
-        spectra[group.name] = GroupSpectrum(
+        # A layer may be the first of several groups, if its channels are tied to different layers.
+        alike = sum(found.group.name == group.name for found in spectra.values())
+        spectra[f"{group.name}#{alike + 1}" if alike else group.name] = GroupSpectrum(
             group, pfa.spectrum(pooled), pfa.removal_order(pooled).cpu(), len(pfa.inactive_filters(pooled))
         )
     return spectra, whole
+
+
+def _read_classes(graph: ChannelGraph) -> set[int]:
+    """Classes of channels that enter a weight. What no weight reads leaves the network, though the trace saw no output."""
+    read: set[int] = set()
+    for use in graph.uses:
+        read.update(graph.tensors.get(use.weight, {}).get(use.in_dim, np.zeros(0)).tolist())
+    return read
 
 
 def pooled_covariance(group: ChannelGroup, covariances: Mapping[str, Tensor]) -> Tensor | None:

@@ -53,8 +53,8 @@ def cut(
         What was cut, for :meth:`Plan.apply_to` on optimizers, weight averages and state dicts.
 
     Raises:
-        ValueError: If the recipe names an unknown layer, was made for another network, removes channels that cannot be cut, contradicts
-            itself on tied layers, or the self-check fails. The network is then as it was.
+        ValueError: If the recipe names an unknown layer, was made for another network, removes channels that cannot be cut,
+            contradicts itself on tied layers, or the self-check fails. The network is then as it was.
 
     Example:
         >>> import torch
@@ -119,6 +119,8 @@ def plan_for(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> Plan:
     """
     plan = make_plan(graph, recipe)
     tensors = all_tensors(model)
+    if missing := sorted(set(plan.keep) - set(tensors)):
+        raise ValueError(f"{type(model).__name__} lacks {missing[:3]}; the graph was traced on another network.")
     first = {id(tensors[name]): name for name in plan.keep}
     names = {name: first[id(tensor)] for name, tensor in tensors.items() if id(tensor) in first}
     stored = model.state_dict(keep_vars=True).keys()
@@ -138,8 +140,12 @@ def _placed(graph: ChannelGraph, recipe: Recipe) -> Recipe:
     change = relocation(names, graph.layers.keys())
     if change is None:
         unknown = sorted(names - graph.layers.keys())
+        for name in unknown:
+            if name in graph.refused:
+                raise ValueError(f"Layer {name!r} cannot be cut: {graph.refused[name]}.")
         raise ValueError(
-            f"The recipe names {_listed(unknown)}, which the network does not have or does not run; its layers are {_listed(graph.layers)}."
+            f"The recipe names {_listed(unknown)}, which the network does not have or does not run; "
+            f"its layers are {_listed(graph.layers)}."
         )
     recipe = recipe.renamed(add=change.add, drop=change.drop)
     for name, width in recipe.original.items():

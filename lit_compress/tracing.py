@@ -27,32 +27,43 @@ Vector: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 Origin: TypeAlias = tuple[frozenset[tuple[str, int]], ...]
 
 _BATCH_NORMS = {
-    "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update",
-    "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_no_update",
+    "_batch_norm_with_update", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
 }  # fmt: skip
 # Mix positions, never channels. The digit in the name is the number of trailing dimensions that are mixed.
-_POOLS = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "max_unpool", "upsample_", "_upsample_",
-          "reflection_pad", "replication_pad", "grid_sampler_", "fractional_max_pool")  # fmt: skip
+_POOLS = (
+    "max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "max_unpool", "upsample_",
+    "_upsample_", "reflection_pad", "replication_pad", "grid_sampler_", "fractional_max_pool",
+)  # fmt: skip
 # Reduce or mix along `dim`; harmless to channels that lie along other dimensions.
 _ALONG_DIM = {
-    "mean", "sum", "nansum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp",
-    "any", "all", "argmax", "argmin", "median", "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "topk",
+    "mean", "sum", "nansum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "norm",
+    "linalg_vector_norm", "logsumexp", "any", "all", "argmax", "argmin", "median", "_softmax", "_log_softmax", "softmax",
+    "log_softmax", "cumsum", "cumprod", "sort", "topk",
 }  # fmt: skip
 _SHAPE_ONLY = {
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift",
-    "repeat", "view_as_real", "_conj", "flip",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone", "contiguous", "_to_copy", "alias", "detach",
+    "lift_fresh", "lift", "repeat", "flip", "view_as_real", "_conj",
 }  # fmt: skip
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 # Pick by position along a dimension: on a dimension that carries channels, the positions would be others after a cut.
-_POSITIONAL = {"slice", "select", "split", "split_with_sizes", "unbind", "narrow", "roll", "index_select", "index", "gather", "unfold"}  # fmt: skip
+_POSITIONAL = {
+    "slice", "select", "split", "split_with_sizes", "unbind", "narrow", "roll", "index_select", "index", "gather", "unfold",
+}  # fmt: skip
 _SAME_SHAPE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 _NO_EFFECT = {
     "size", "sym_size", "sym_numel", "stride", "new_empty", "new_zeros", "new_ones", "new_full", "is_same_size",
     "_has_same_storage_numel",
 }  # fmt: skip
 # Element-wise, though not tagged so in every version of torch.
-_POINTWISE = {"copy", "hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "elu", "silu", "gelu", "clamp", "masked_fill", "where", "native_dropout",
-              "bernoulli", "relu", "relu6", "threshold", "_prelu_kernel", "celu", "selu", "mish", "softplus", "log_sigmoid_forward"}  # fmt: skip
+_POINTWISE = {
+    "copy", "hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "elu", "silu", "gelu", "clamp", "masked_fill", "where",
+    "native_dropout", "bernoulli", "relu", "relu6", "threshold", "_prelu_kernel", "celu", "selu", "mish", "softplus",
+    "log_sigmoid_forward",
+}  # fmt: skip
+
+# These compare their inputs with numbers of their own before anything else.
+_SIZES_CHECKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -76,19 +87,21 @@ class LabelMode(TorchDispatchMode):
     """Follows channels through everything that runs inside it.
 
     Args:
-        model: The network whose parameters and buffers are recognised. Its forward is to be run inside the mode, without
-            gradient and outside inference mode.
+        model: The network whose parameters and buffers are recognised.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.atoms = 0
         self.ties: list[Vector] = []  # (2, n): atoms that are cut together
         self.frozen: list[tuple[Vector, str]] = []
         self.met: dict[tuple[str, int], Vector] = {}  # labels along each dimension of each parameter and buffer
+        self.made: dict[str, Vector] = {}  # weight -> the channels of its first use
         self.uses: list[WeightUse] = []
         self.leaving: dict[str, bool] = {}  # weights in the order met -> whether the layer makes channels of its own
         self.called: set[str] = set()
+        self.refused: dict[str, str] = {}  # path of a module -> why its weight is not a layer's
+        self._pinned: dict[tuple[str, int], str] = {}
         self._labels: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -108,6 +121,9 @@ class LabelMode(TorchDispatchMode):
             path = self._paths.get(id(module), self.path)
             self.called.add(path)
             self._stack.append((id(module), path))
+            if isinstance(module, _SIZES_CHECKED):
+                for parameter in module.parameters():
+                    self.pin(parameter, f"{self.where} ({type(module).__name__}) checks its sizes and is left whole")
 
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             while self._stack.pop()[0] != id(module):  # modules that failed, where the forward caught it, never left
@@ -116,10 +132,12 @@ class LabelMode(TorchDispatchMode):
                 self.freeze_outputs(output)
 
         hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        torch.clear_autocast_cache()  # a cast made earlier would not be seen; one made here could not be trained
         try:
-            with torch.no_grad(), self:
+            with torch.inference_mode(False), torch.no_grad(), self:
                 yield self
         finally:
+            torch.clear_autocast_cache()
             for hook in hooks:
                 hook.remove()
 
@@ -157,7 +175,7 @@ class LabelMode(TorchDispatchMode):
         """Parameters that run along `axis` have these channels there."""
         for key in axis:
             if key in self.met:
-                self.tie(self.met[key], vector, why)
+                self.tie(self.met[key], vector, self._pinned.get(key, why))
             else:
                 self.met[key] = vector
 
@@ -166,6 +184,8 @@ class LabelMode(TorchDispatchMode):
         origin = self._origins.get(tensor)
         for dim, axis in enumerate(origin or ()):
             self.meet(axis, np.full(tensor.shape[dim], FIXED), why)
+            for key in axis:
+                self._pinned.setdefault(key, why)
 
     def freeze_outputs(self, outputs: Any) -> None:
         """What the network returns keeps its channels."""
@@ -272,6 +292,7 @@ class LabelMode(TorchDispatchMode):
         self.pin(x, f"{call.name} in {self.where} multiplies a parameter like an activation")
         if origin is None or not _is_weight(origin[out_dim], origin[in_dim]):
             why = f"the weight of {call.name} in {self.where} is computed from other tensors (weight norm, say)"
+            self.refused.setdefault(self.path, why)
             self.freeze(labels, why)
             self.pin(weight, why)
             if bias is not None:
@@ -313,6 +334,7 @@ class LabelMode(TorchDispatchMode):
                 self.freeze(self._label(bias), computed)
         name, dimension = min(origin[out_dim], key=lambda pair: (pair[0] not in self._parameters, pair))
         self.leaving[name] = self.leaving.get(name, False) or not depthwise
+        self.made.setdefault(name, leaving)
         self.uses.append(WeightUse(name, out_dim=dimension, in_dim=dict(origin[in_dim])[name], positions=positions))
         self._labels[call.first] = spread(torch.from_numpy(leaving), call.first.shape, dim)
 
@@ -362,7 +384,7 @@ class LabelMode(TorchDispatchMode):
                 self.freeze(labels, f"one channel is applied to many in {self.where} ({call.name})")
                 if not all(_stretched(tensor, dim - len(shape)) for dim in one):
                     for _, others in parts:
-                        self.freeze(others, f"they meet copies of one channel in {self.where} ({call.name})")
+                        self.freeze(others, f"they meet a tensor of fixed size in {self.where} ({call.name})")
             else:
                 full.append(labels)
         united = full[0] if full else parts[0][1]
@@ -377,22 +399,24 @@ class LabelMode(TorchDispatchMode):
 
     def _join_unlabelled(self, call: _Call, united: Tensor) -> None:
         """Operands without labels: parameters follow the channels, anything else of the same extent freezes them."""
-        ndim = united.ndim
-        carrying = [dim for dim in range(ndim) if united.shape[dim] > 1]
-        vectors = {dim: vector_along(united, dim) for dim in carrying}
+        why = f"they meet a tensor of fixed size in {self.where} ({call.name})"
+        vectors = [vector_along(united, dim) for dim in range(united.ndim)]
         for tensor in call.tensors:
             if self._label(tensor) is not None:
                 continue
-            lead = ndim - tensor.ndim
+            lead = united.ndim - tensor.ndim
             origin = self._origins.get(tensor)
-            for dim in carrying:
-                if dim < lead or _stretched(tensor, dim - lead):
+            for dim in range(tensor.ndim):
+                if _stretched(tensor, dim):
                     continue
-                vector = vectors[dim]
-                why = f"they meet a tensor of fixed size in {self.where} ({call.name})"
-                if origin is not None and vector is not None and origin[dim - lead]:
-                    self.meet(origin[dim - lead], vector.numpy().astype(np.int64), why)
-                else:
+                carrying, vector = united.shape[lead + dim] > 1, vectors[lead + dim]
+                if origin is not None and origin[dim] and (vector is not None or not carrying):
+                    # Along a dimension without channels, a parameter keeps its size.
+                    along = (
+                        vector.numpy().astype(np.int64) if carrying and vector is not None else np.full(tensor.shape[dim], FIXED)
+                    )
+                    self.meet(origin[dim], along, why)
+                elif carrying:
                     self.freeze(united, why)
                     self.pin(tensor, why)
 
@@ -643,7 +667,9 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
         if isinstance(leaf, Tensor):
             yield leaf
         elif depth and not isinstance(leaf, (nn.Module, type)):
-            held: list[Any] = [getattr(leaf, name, None) for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+            held: list[Any] = [
+                getattr(leaf, name, None) for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())
+            ]
             held += getattr(leaf, "__dict__", {}).values()
             held += leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, (set, frozenset)) else ()
             yield from tensors_in(held, depth - 1)

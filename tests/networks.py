@@ -5,12 +5,15 @@ which inputs of which layers move.
 """
 
 import copy
+import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
 from lit_compress.plan import Plan
 from lit_compress.recipe import Recipe
@@ -54,9 +57,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def removed_by(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Channels gone from each layer, layers that only follow included."""
-    return {
-        layer: tuple(sorted(set(range(plan.recipe.original[layer])) - set(kept))) for layer, kept in plan.recipe.keep.items()
-    }
+    return {layer: tuple(sorted(set(range(plan.recipe.original[layer])) - set(kept))) for layer, kept in plan.recipe.keep.items()}
 
 
 def random_recipe(groups, seed: int, share: float = 0.7) -> Recipe:
@@ -66,16 +67,20 @@ def random_recipe(groups, seed: int, share: float = 0.7) -> Recipe:
     def below(n):
         return int(torch.randint(n, (), generator=generator))
 
-    keep = {}
+    names: set[str] = set()
+    gone: list[tuple[Mapping, set[int]]] = []
     for number, group in enumerate(groups):
-        if len(group.classes) < 2 or (torch.rand((), generator=generator) > share and number < len(groups) - 1):
-            continue
         size = len(group.classes)
-        gone = set(torch.randperm(size, generator=generator)[: 1 + below(max(1, 2 * size // 3))].tolist())
-        gone = gone if len(gone) < size else gone - {0}
-        name = list(group.members)[below(len(group.members))]
-        before = keep.get(name, range(len(group.members[name])))
-        keep[name] = tuple(channel for channel in before if group.members[name][channel] not in gone)
+        if size > 1 and (below(100) < 100 * share or number == len(groups) - 1):
+            names.add(list(group.members)[below(len(group.members))])
+            gone.append(
+                (group.members, set(torch.randperm(size, generator=generator)[: 1 + below(max(1, 2 * size // 3))].tolist()))
+            )
+    keep: dict[str, tuple[int, ...]] = {}
+    for members, positions in gone:
+        for name in names & set(members):
+            before = keep.get(name, range(len(members[name])))
+            keep[name] = tuple(channel for channel in before if members[name][channel] not in positions)
     return Recipe(keep=keep, method=f"random({seed})")
 
 
@@ -84,8 +89,8 @@ def random_recipe(groups, seed: int, share: float = 0.7) -> Recipe:
 
 def reading_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers that mix channels. A depthwise convolution only passes them on."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and not 1 < getattr(m, "groups", 1) == m.in_channels}
+    mixing = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))}
+    return {name: layer for name, layer in mixing.items() if not 1 < getattr(layer, "groups", 1) == layer.in_channels}
 
 
 def channel_dim(layer: nn.Module, tensor: torch.Tensor) -> int:
@@ -131,13 +136,21 @@ def _place(size: int, tensor: torch.Tensor, dim: int, channels) -> torch.Tensor:
     return mask.view([-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)])
 
 
-def places(model: nn.Module, removed: Removed, run: Callable) -> dict[tuple[str, int], torch.Tensor]:
+def places(model: nn.Module, removed: Removed, run: Callable, sizes=(1.0, -1.0, 100.0, -100.0)) -> dict:
     """Which input channels of each call of each reading layer the removed channels reach directly.
 
     Every reading layer gives what it gave in an undisturbed run, so a shaken channel reaches the next layers and goes no
-    further; it is shaken hard and several times, so that no activation or pool hides it.
+    further; it is shaken hard against the layer's largest output and both ways, so that no activation or pool hides it.
+
+    Returns:
+        ``(layer, call)`` to a mask over the layer's input channels.
     """
     layers, inputs, outputs = reading_layers(model), {}, {}
+    tied = {(type(layers[name]), id(layers[name].weight)): channels for name, channels in removed.items() if name in layers}
+    removed = {
+        **removed,
+        **{name: tied[key] for name, layer in layers.items() if (key := (type(layer), id(layer.weight))) in tied},
+    }
     with _hooked(
         layers,
         before=lambda name, call, layer, x: inputs.__setitem__((name, call), x.clone()),
@@ -146,7 +159,7 @@ def places(model: nn.Module, removed: Removed, run: Callable) -> dict[tuple[str,
         run(model)
     reached = {key: torch.zeros(x.shape[channel_dim(layers[key[0]], x)], dtype=torch.bool) for key, x in inputs.items()}
     generator = torch.Generator().manual_seed(1)
-    for size in (1.0, 30.0, 1000.0):
+    for size in sizes:
 
         def watch(name, call, layer, x):
             moved = (x != inputs[name, call]).movedim(channel_dim(layer, x), 0).flatten(1).any(1)
@@ -156,12 +169,24 @@ def places(model: nn.Module, removed: Removed, run: Callable) -> dict[tuple[str,
             y = outputs[name, call].clone()
             if name in removed:
                 dim = channel_dim(layer, y)
-                y += _place(y.shape[dim], y, dim, removed[name]) * torch.randn(y.shape, generator=generator, dtype=y.dtype) * size
+                by = (1 + torch.rand(y.shape, generator=generator, dtype=y.dtype)) * size * y.abs().max().clamp_min(1)
+                y += _place(y.shape[dim], y, dim, removed[name]) * by
             return y
 
         with _hooked(layers, before=watch, after=shake):
             run(model)
     return reached
+
+
+def silenced(model: nn.Module, reached: Mapping, run: Callable) -> list[torch.Tensor]:
+    """Outputs of a network with the channels of :func:`places` set to zero where they enter the layers that read them."""
+
+    def silence(name, call, layer, x):
+        mask = reached[name, call]
+        return x.masked_fill(_place(len(mask), x, channel_dim(layer, x), mask.nonzero().flatten().tolist()), 0)
+
+    with torch.no_grad(), _hooked(reading_layers(model), before=silence):
+        return clone(run(model))
 
 
 def zeroed(model: nn.Module, removed: Removed, run: Callable) -> list[torch.Tensor]:
@@ -174,14 +199,7 @@ def zeroed(model: nn.Module, removed: Removed, run: Callable) -> list[torch.Tens
     """
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
-        reached = places(model, removed, run)
-
-        def silence(name, call, layer, x):
-            mask = reached[name, call]
-            return x.masked_fill(_place(len(mask), x, channel_dim(layer, x), mask.nonzero().flatten().tolist()), 0)
-
-        with _hooked(reading_layers(model), before=silence):
-            return clone(run(model))
+        return silenced(model, places(model, removed, run), run)
 
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -195,3 +213,197 @@ def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> f
         assert error.isfinite()
         worst = max(worst, error.item())
     return worst
+
+
+# ---------------------------------------------------------------- networks drawn at random
+
+
+def conv(in_channels: int, out_channels: int, size: int = 3, **options) -> nn.Conv2d:
+    """A convolution that keeps the size of the map."""
+    return nn.Conv2d(in_channels, out_channels, size, padding=size // 2, **options)
+
+
+class Draw(random.Random):
+    """Draws the parts of a network; ``side`` is the height and width of every map in it."""
+
+    side = 6
+
+    def width(self) -> int:
+        return self.choice([2, 4, 4, 6, 8])
+
+    def activation(self) -> nn.Module:
+        return self.choice([nn.ReLU(), nn.ReLU(inplace=True), nn.Sigmoid(), nn.GELU(), nn.LeakyReLU(0.1, inplace=True),
+                            nn.Softplus(), nn.Hardswish(), nn.Tanh(), nn.Identity(), nn.Dropout(0.5)])  # fmt: skip
+
+
+def _plain(draw, c):
+    out = draw.width()
+    parts = [conv(c, out, draw.choice([1, 3]), bias=draw.random() < 0.5), draw.activation()]
+    parts[1:1] = [nn.BatchNorm2d(out)] if draw.random() < 0.5 else []
+    return nn.Sequential(*parts), out
+
+
+def _squeeze_excite(draw, c):
+    gate = nn.Sequential(nn.Linear(c, 3), nn.ReLU(), nn.Linear(3, c), nn.Sigmoid())
+    return Net(lambda m, x: x * m.gate(x.mean((2, 3)))[:, :, None, None], gate=gate), c
+
+
+def _pool(draw, c):
+    return draw.choice([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AdaptiveMaxPool2d(draw.side),
+                        nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.AvgPool2d(2))]), c  # fmt: skip
+
+
+def _fork(draw, c):
+    parts = {"a": conv(c, 3), "b": conv(c, 4), "d": conv(4, 2)}
+    return Net(lambda m, x: torch.cat([m.a(x), m.d(m.b(x)), F.max_pool2d(x, 3, 1, 1)], 1), **parts), c + 5
+
+
+def _zero_pad(draw, c):
+    front, back = draw.choice([0, 1, 2]), draw.choice([1, 3])
+    out = c + front + back
+    return Net(lambda m, x: F.pad(x, (0, 0, 0, 0, front, back)) + m.a(x), a=conv(c, out)), out
+
+
+def _slice(draw, c):
+    start = draw.randrange(c)
+    stop = draw.randrange(start + 1, c + 1)
+    return Net(lambda m, x: x[:, start:stop]), stop - start
+
+
+def _shuffle(draw, c):
+    groups = 2 if c % 2 == 0 else 1
+    return Net(lambda m, x: x.view(len(x), groups, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)), c
+
+
+def _moves(draw, c):
+    move = draw.choice([
+        lambda m, x: x.flip(2), lambda m, x: x.flip(1), lambda m, x: x.roll(1, 3), lambda m, x: x.roll(1, 1),
+        lambda m, x: x.transpose(2, 3), lambda m, x: F.pad(x, (1, 1), value=2.0)[..., 1:-1],
+        lambda m, x: F.pad(x, (1, 1, 1, 1), mode="reflect")[..., 1:-1, 1:-1], lambda m, x: F.pad(x, (0, 0, 0, 0, -1, 1)),
+        lambda m, x: x[:, torch.arange(c - 1, -1, -1)], lambda m, x: x - x.mean((2, 3), keepdim=True),
+        lambda m, x: x - x.mean(1, keepdim=True), lambda m, x: x.softmax(1), lambda m, x: F.normalize(x, dim=1),
+        lambda m, x: x / x.shape[1],
+    ])  # fmt: skip
+    return Net(move), c
+
+
+def _scale(draw, c):
+    kind = draw.randrange(4)
+    if kind == 0:
+        return Net(lambda m, x: x * m.g[:, None, None], g=nn.Parameter(torch.rand(c))), c
+    if kind == 1:
+        return Net(lambda m, x: x + m.g * m.a(x), g=nn.Parameter(torch.rand(1, c, 1, 1)), a=conv(c, c)), c
+    if kind == 2:
+        return Net(lambda m, x: x * m.g, g=torch.rand(1, c, 1, 1)), c
+    return Net(lambda m, x: torch.einsum("nchw,c->nchw", x, m.g), g=nn.Parameter(torch.rand(c))), c
+
+
+def _norm(draw, c):
+    return draw.choice([nn.GroupNorm(1, c), nn.InstanceNorm2d(c, affine=True), nn.BatchNorm2d(c, affine=False), nn.PReLU(c),
+                        nn.BatchNorm2d(c, track_running_stats=False), nn.LocalResponseNorm(3),
+                        FrozenBatchNorm2d(c)]), c  # fmt: skip
+
+
+def _tokens(draw, c):
+    out = draw.width()
+
+    def run(m, x):
+        return m.a(x.flatten(2).transpose(1, 2) + m.g).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+
+    return Net(run, a=nn.Linear(c, out), g=nn.Parameter(torch.randn(1, draw.side**2, c))), out
+
+
+def _attention(draw, c):
+    def run(m, x):
+        q, k, v = (part(x).flatten(2) for part in (m.q, m.k, m.v))
+        return x + (v @ (q.transpose(1, 2) @ k).softmax(-1)).view(x.shape)
+
+    return Net(run, q=conv(c, 4, 1), k=conv(c, 4, 1), v=conv(c, c, 1)), c
+
+
+def _written(draw, c):
+    def run(m, x):
+        y = x.clone()
+        y[:, :, 0] = 0
+        y[:, :, 1] = m.a(x)[:, :, 1]
+        return y
+
+    return Net(run, a=conv(c, c)), c
+
+
+def _tied(draw, c):
+    a, b = conv(c, c), conv(c, c)
+    b.weight = a.weight
+    return Net(lambda m, x: m.b(F.relu(m.a(x))), a=a, b=b), c
+
+
+def _depthwise(draw, c):
+    out = draw.width()
+    return nn.Sequential(conv(c, c, groups=c), nn.BatchNorm2d(c), draw.activation(), conv(c, out, 1)), out
+
+
+def _one(function, **widths):
+    """A block of convolutions ``a``, ``b``, ... from the incoming width to that width."""
+    return lambda draw, c: (Net(function, **{name: conv(c, widths[name] or c) for name in widths}), c)
+
+
+BLOCKS: dict[str, Callable] = {
+    "plain": _plain, "squeeze-excite": _squeeze_excite, "pool": _pool, "fork": _fork, "zero-padded skip": _zero_pad,
+    "slice": _slice, "shuffle": _shuffle, "moves": _moves, "scale": _scale, "norm": _norm, "tokens": _tokens,
+    "attention": _attention,
+    "written in place": _written, "tied": _tied, "depthwise": _depthwise,
+    "identity skip": _one(lambda m, x: F.relu(x + m.a(x)), a=None),
+    "skip in place": _one(lambda m, x: m.a(x).add_(x), a=None),
+    "projected skip": lambda draw, c: (Net(lambda m, x: m.a(x) + m.b(x), a=conv(c, 6), b=conv(c, 6, 1)), 6),
+    "gate": lambda draw, c: (Net(lambda m, x: m.a(x) * torch.sigmoid(m.b(x)), a=conv(c, 6), b=conv(c, 6)), 6),
+    "shared": _one(lambda m, x: m.a(F.relu(m.a(x))), a=None),
+    "dense": lambda draw, c: (Net(lambda m, x: torch.cat([x, F.relu(m.a(x))], 1), a=conv(c, 3)), c + 3),
+    "twice": lambda draw, c: (Net(lambda m, x: torch.cat([x, -x], 1)), 2 * c),
+    "repeat": lambda draw, c: (Net(lambda m, x: x.repeat(1, 2, 1, 1)), 2 * c),
+    "wide and back": _one(lambda m, x: torch.cat([x, m.a(x)], 2)[:, :, ::2], a=None),
+    "one batch": _one(lambda m, x: sum(m.b(torch.cat([x, m.a(x)])).chunk(2)), a=None, b=None),
+    "stack": _one(lambda m, x: torch.stack([x, m.a(x)], 1).amax(1), a=None),
+    "spatial mask": _one(lambda m, x: x * torch.sigmoid(m.a(x)).expand_as(x), a=1),
+    "where": _one(lambda m, x: torch.where(x > 0, x, m.a(x)), a=None),
+    "glu": lambda draw, c: (Net(lambda m, x: F.glu(m.a(x), 1), a=conv(c, 2 * c)), c),
+    "grouped": lambda draw, c: (nn.Conv2d(c, 2 * c, 3, padding=1, groups=c // 2 if c % 2 == 0 else 1), 2 * c),
+    "transposed": lambda draw, c: (nn.ConvTranspose2d(c, 5, 3, padding=1), 5),
+    "blur": lambda draw, c: (Net(lambda m, x: F.conv2d(x, m.g, groups=x.shape[1], padding=1), g=torch.rand(c, 1, 3, 3)), c),
+    "weight norm": lambda draw, c: (nn.utils.parametrizations.weight_norm(conv(c, 4)), 4),
+    "hard view": lambda draw, c: (Net(lambda m, x: x.view(-1, c, draw.side, draw.side)), c),
+    "zeros": lambda draw, c: (
+        Net(lambda m, x: torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1) + m.a(x), a=conv(c, c + 1)), c + 1
+    ),
+}  # fmt: skip
+
+
+class RandomNetwork(nn.Module):
+    """Blocks drawn from :data:`BLOCKS` on images ``(N, 3, 6, 6)``, between a convolution and one of four heads.
+
+    Args:
+        seed: The same seed gives the same network.
+        depth: Number of blocks.
+    """
+
+    def __init__(self, seed: int, depth: int = 4):
+        super().__init__()
+        draw = Draw(seed)
+        torch.manual_seed(seed)
+        c = draw.width()
+        self.kinds: list[str] = []
+        self.blocks = nn.Sequential(conv(3, c), nn.BatchNorm2d(c), nn.ReLU())
+        while len(self.kinds) < depth:
+            self.kinds.append(draw.choice(["plain", *BLOCKS]))
+            block, c = BLOCKS[self.kinds[-1]](draw, c)
+            self.blocks.append(block)
+        self.head = draw.choice([
+            nn.Sequential(nn.Flatten(), nn.Linear(c * draw.side**2, 6), nn.ReLU(), nn.Linear(6, 3)),
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 3)),
+            nn.Sequential(nn.Conv2d(c, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+            nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9 * c, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)),
+        ])  # fmt: skip
+        self.wrap = draw.choice([lambda y: y, lambda y: {"logits": y}, lambda y: (y, [y.sum()])])
+        randomized(self, seed)
+
+    def forward(self, images):
+        return self.wrap(self.head(self.blocks(images)))

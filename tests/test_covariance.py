@@ -185,11 +185,19 @@ def test_two_metrics_merge_into_one(sizes):
     assert torch.equal(by_state.compute(), one.compute())
 
 
+def test_two_that_saw_nothing_merge_into_one_that_saw_nothing():
+    metric = streamed([])
+    metric.merge_state(streamed([]))
+    assert_same_states(metric, states(streamed([])))
+
+
 def test_forward_gives_the_batchs_covariance_and_adds_the_batch():
     first, second = normal(20, 5), normal(30, 5, seed=1) + 4
     metric = streamed([first])
     torch.testing.assert_close(metric(second), torch.cov(second.T))
     torch.testing.assert_close(metric.compute(), torch.cov(torch.cat([first, second]).T))
+    metric.update(first * 2)
+    torch.testing.assert_close(metric.compute(), torch.cov(torch.cat([first, second, first * 2]).T))
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_rounding_does_not_add_a_filter(filters):
 
 
 @pytest.mark.parametrize(
-    ("directions", "filters", "width"), [(2, 4, 2), (4, 16, 8), (3, 81, 21), (8, 4096, 1024), (16, 256, 128)]
+    ("directions", "filters", "width"), [(2, 4, 2), (3, 81, 21), (3, 27, 9), (14, 196, 98), (18, 324, 162), (8, 4096, 1024)]
 )
 def test_rounding_does_not_raise_an_integer_of_the_kl_rule(directions, filters, width):
     # m equal directions of C have KL = log(C / m), and so C log m / log C filters: 81 log 3 / log 81 = 81 / 4 = 20.25.
@@ -448,6 +448,11 @@ def test_says_what_is_wrong_with_a_covariance(function):
         function(torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="not symmetric"):
         function(matrix([[1, 0.5], [0.2, 1]]))
+    for other in (-2, 1e300):
+        with pytest.raises(ValueError, match="exceeds the largest variance"):
+            function(matrix([[1, other], [other, 1]]) * 1e-10)
+    with pytest.raises(ValueError, match="exceeds the largest variance"):
+        function(matrix([[1e-300, 1e300], [1e300, 1e-300]]))
     with pytest.raises(ValueError, match=r"responses are all constant.*keep the layer whole"):
         function(torch.zeros(3, 3))
 

@@ -165,8 +165,7 @@ class StreamingCovariance(Metric):
         self._computed = self._forward_cache = None
         super()._apply(fn, exclude_state=tuple(self._defaults))
         device = _with_float64(self.device)
-        for name, default in self._defaults.items():
-            self._defaults[name] = torch.as_tensor(default).to(device)
+        for name in self._defaults:  # a reset puts the defaults where the states are
             setattr(self, name, getattr(self, name).to(device))
         return self
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from lit_compress import rng
 from lit_compress.graph import evaluating
-from lit_compress.statistics.covariance import StreamingCovariance
+from lit_compress.statistics.covariance import StreamingCovariance, spatial_max
 
 # Wraps an iterable of batches, of a known number or None, in a progress bar.
+_WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)  # they may go through the whole data set
 Progress: TypeAlias = Callable[[Iterable[Any], "int | None"], Iterable[Any]]
 
 
@@ -48,12 +49,15 @@ def gather_covariances(
     modules = dict(model.named_modules())
     covariances = {name: StreamingCovariance(channels) for name, channels in layers.items()}
 
+    # One batch's responses, added after its forward: between the layers, from a cold cache, that takes several times as long.
+    responses: list[tuple[str, Tensor]] = []
+
     def listen(name: str, channels_last: bool) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            try:
-                covariances[name].update(output.movedim(-1, 1) if channels_last and output.ndim > 2 else output)
-            except ValueError as error:
-                raise ValueError(f"Layer {name!r} cannot be analysed: {error}") from error
+            with _naming(name):
+                maxima = spatial_max(output.movedim(-1, 1) if channels_last and output.ndim > 2 else output)
+            # The network may go on to change the output in place.
+            responses.append((name, maxima.clone() if maxima is output else maxima))
 
         return hook
 
@@ -63,16 +67,31 @@ def gather_covariances(
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         for name in layers:
-            handle = modules[name].register_forward_hook(listen(name, isinstance(modules[name], nn.Linear)))
+            weight = getattr(modules[name], "weight", None)
+            channels_last = isinstance(weight, Tensor) and weight.ndim == 2
+            handle = modules[name].register_forward_hook(listen(name, channels_last))
             stack.callback(handle.remove)
         for batch in batches:
             run(batch)
+            for name, maxima in responses:
+                with _naming(name):
+                    covariances[name].update(maxima)
+            responses.clear()
             seen += batch_size(batch)
             if max_samples is not None and seen >= max_samples:
                 break
     if seen == 0:
         raise ValueError("The analysis needs data, but the loader gave no batch.")
     return covariances
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Say in an error which layer it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Layer {layer!r} cannot be analysed: {error}") from error
 
 
 def batch_size(batch: Any) -> int:
@@ -107,15 +126,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def in_order(loader: Any, *, max_samples: int | None = None, seed: int = 0) -> Any:
     """A loader over the same samples in a fixed order, none left out or repeated.
 
-    A plain shuffled or sequential ``DataLoader`` is built anew; ``max_samples`` then draws that many at random, by ``seed``. What has
-    a sampler of its own (a weighted one, say) or is another kind of iterable is returned as it is.
+    A plain shuffled or sequential ``DataLoader`` is built anew; ``max_samples`` then draws that many at random, by ``seed``. What
+    has a sampler of its own (a weighted one, say, or one that draws with replacement) or is another kind of iterable is returned
+    as it is.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__ or loader.batch_size is None:
         return loader
-    if type(loader.sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
+    if isinstance(loader.dataset, IterableDataset) or type(loader.sampler) not in _WHOLE:
         return loader
     dataset = loader.dataset
     size = len(dataset)  # type: ignore[arg-type]
+    if isinstance(loader.sampler, RandomSampler) and (loader.sampler.replacement or loader.sampler.num_samples != size):
+        return loader
     if max_samples is not None and max_samples < size:
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:max_samples]
         dataset = Subset(dataset, sorted(chosen.tolist()))

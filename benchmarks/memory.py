@@ -1,0 +1,103 @@
+"""Memory of an analysis over more and more samples: it must not grow."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.analysis_pass import evaluation_pass, kept_responses
+from benchmarks.page import ROOT, Section, main
+from benchmarks.subjects import resnet56
+from benchmarks.timing import threads
+from lit_compress import analyze
+
+# What a process of its own runs on a network, batches and the widths of its convolutions.
+KINDS: dict[str, Callable[[nn.Module, Iterable[Tensor], dict[str, int]], object]] = {
+    "plain evaluation pass": lambda net, batches, layers: evaluation_pass(net, batches),
+    "analyze": lambda net, batches, layers: analyze(net, batches),
+    "keeping all responses, then torch.cov": kept_responses,
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Random images of CIFAR's shape, made when they are asked for."""
+
+    samples: int
+    batch: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, self.samples, self.batch):
+            yield torch.randn(min(self.batch, self.samples - start), 3, 32, 32, generator=generator)
+
+
+def measure(quick: bool, rounds: int | None) -> Section:
+    """Peak memory of processes of their own, after one pass over each number of samples, the smallest first."""
+    name = resnet56(quick=quick).name
+    sizes, batch = ((32, 128), 16) if quick else ((512, 2048, 8192), 128)
+    peaks: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    again = "plain evaluation pass, again"
+    order = [*KINDS, again]
+    peaks[again] = []
+    # In one process, the figures mean nothing; but PyTorch need not be loaded four times.
+    peaks_in = peaks_of if quick else peaks_in_a_process
+    for number in range(rounds or (1 if quick else 3)):
+        for kind in order if number % 2 == 0 else order[::-1]:
+            peaks[kind].append(peaks_in(kind.removesuffix(", again"), sizes, batch, quick))
+    rows = [
+        "| what | " + " | ".join(f"peak after {size} samples, MiB" for size in sizes) + " | growth, MiB (least–most) |",
+        "|---|" + "---:|" * (len(sizes) + 1),
+    ]
+    growths = {}
+    for kind in order:
+        medians = [statistics.median(column) for column in zip(*peaks[kind], strict=True)]
+        growth = [run[-1] - run[0] for run in peaks[kind]]
+        growths[kind] = statistics.median(growth)
+        cells = [kind, *(f"{peak:.0f}" for peak in medians), f"{growths[kind]:.1f} ({min(growth):.1f}–{max(growth):.1f})"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return Section(
+        question="Does an analysis need more memory for more samples?",
+        target="constant in the number of samples.",
+        tables={f"Median of {len(peaks['analyze'])} processes each": "\n".join(rows)},
+        verdicts=[
+            f"growth from {sizes[0]} to {sizes[-1]} samples: {growths['analyze']:.1f} MiB with `analyze`, "
+            f"{growths['plain evaluation pass']:.1f} MiB in a plain evaluation pass, and "
+            f"{growths['keeping all responses, then torch.cov']:.1f} MiB if every channel's spatial max is kept"
+        ],
+        settings={"network": name, "batch size": batch, "threads": 1},
+    )
+
+
+def peaks_of(kind: str, sizes: Sequence[int], batch: int, quick: bool) -> list[float]:
+    """This process's peak memory in MiB after each size; the sizes ascend, as a peak never falls."""
+    net = resnet56(quick=quick).net
+    layers = {name: module.out_channels for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    peaks = []
+    for size in sizes:
+        with threads(1):
+            KINDS[kind](net, Images(size, batch), layers)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    return peaks
+
+
+def peaks_in_a_process(kind: str, sizes: Sequence[int], batch: int, quick: bool) -> list[float]:
+    """:func:`peaks_of` a process that does nothing else."""
+    call = f"peaks_of({kind!r}, {list(sizes)}, {batch}, {quick})"
+    code = f"import json; from benchmarks.memory import peaks_of; print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    peaks: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+if __name__ == "__main__":
+    main("memory", measure)

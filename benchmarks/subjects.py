@@ -1,0 +1,76 @@
+"""What the benchmarks measure on: networks with an input, statistics drawn at random, recipes."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lit_compress import Recipe
+from lit_compress.graph import ChannelGraph
+from lit_compress.models import ResNetCIFAR
+from lit_compress.statistics import StreamingCovariance
+
+PEER = "torch-pruning"
+
+
+class Subject(NamedTuple):
+    """A network, untrained and in evaluation mode, with images for it."""
+
+    name: str
+    net: nn.Module
+    images: Tensor
+
+
+def resnet56(*, quick: bool = False, batch: int = 1) -> Subject:
+    """ResNet-56 for CIFAR with option A shortcuts, or ResNet-8."""
+    torch.manual_seed(0)
+    depth = 8 if quick else 56
+    return Subject(f"ResNet-{depth}, 32 px", ResNetCIFAR(depth).eval(), torch.randn(batch, 3, 32, 32))
+
+
+def resnet50(*, quick: bool = False, batch: int = 1) -> Subject:
+    """ResNet-50 of torchvision with projections on images of 224 pixels, or a ResNet-14 on small ones."""
+    if quick:
+        return Subject("ResNet-14, 16 px", ResNetCIFAR(14, width=8).eval(), torch.randn(batch, 3, 16, 16))
+    torch.manual_seed(0)
+    return Subject("ResNet-50, 224 px", torchvision.models.resnet50(weights=None).eval(), torch.randn(batch, 3, 224, 224))
+
+
+def random_covariances(graph: ChannelGraph) -> dict[str, StreamingCovariance]:
+    """For each layer, covariances of mixed random responses of twice as many samples as it has channels."""
+    generator = torch.Generator().manual_seed(0)
+    covariances = {}
+    for name, layer in graph.layers.items():
+        channels = len(layer.classes)
+        mixing = torch.randn(channels, channels, generator=generator)
+        covariances[name] = StreamingCovariance(channels)
+        covariances[name].update(torch.randn(2 * channels, channels, generator=generator) @ mixing)
+    return covariances
+
+
+def every_other_channel(graph: ChannelGraph, *, tied: bool) -> Recipe:
+    """Half of each group's channels; ``tied`` says whether also of the groups that several layers share."""
+    keep: dict[str, tuple[int, ...]] = {}
+    for group in graph.groups():
+        if len(group.members) == 1 or tied:
+            position = group.members[group.name].tolist()
+            before = keep.get(group.name, range(len(position)))
+            keep[group.name] = tuple(channel for channel in before if position[channel] < 0 or position[channel] % 2)
+    return Recipe(keep=keep, method="every other channel")
+
+
+def torch_pruning() -> Any:
+    """The peer, or None if it is not installed: ``pip install lit-compress[peers]``."""
+    try:
+        return import_module("torch_pruning")
+    except ModuleNotFoundError:
+        return None
+
+
+def torch_pruning_version() -> str:
+    """The peer's version, or that it is not installed."""
+    return metadata.version(PEER) if torch_pruning() else "not installed"
