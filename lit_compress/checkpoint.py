@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.naming import relocation
+from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
-from lit_compress.slicing import all_tensors, cut_tensors
+from lit_compress.slicing import all_tensors
 
 KEY = "lit_compress"
 FORMAT = 1
@@ -134,7 +135,7 @@ def _cut_to(model: nn.Module, plan: Plan) -> None:
         missing = sorted(set(plan.keep) - set(all_tensors(model)))
         raise ValueError(f"The checkpoint was made from another network: {type(model).__name__} lacks {missing[:3]}.")
     plan = plan.renamed(add=change.add, drop=change.drop)
-    cut_tensors(model, plan.keep, plan.take)
+    plan.cut_module(model)
     note_plan(model, plan)
 
 
@@ -187,7 +188,8 @@ def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: R
             raise ValueError(
                 f"The recipe keeps {len(channels)} channels of layer {layer!r}, whose weight has shape {tuple(weight.shape)}."
             )
-    return Plan(recipe=recipe, keep=keep, shapes={name: tuple(tensors[name].shape) for name in keep})
+    pads = {path: Pad(width, tuple(weights[f"{path}.slots"].tolist())) for path, width in recipe.padded.items() if f"{path}.slots" in weights}
+    return Plan(pads=pads, recipe=recipe, keep=keep, shapes={name: tuple(tensors[name].shape) for name in keep})
 
 
 def _under_names_of(model: nn.Module, recipe: Recipe) -> Recipe:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from lit_compress import rng
 from lit_compress.labels import FIXED
+from lit_compress.skips import PadPoint, SumPoint
 from lit_compress.tracing import LabelMode, Vector, WeightUse, named_tensors
 
 Forward: TypeAlias = Callable[[], Any]
@@ -71,6 +72,8 @@ class ChannelGraph:
         uses: Each application of a weight.
         unused: Layers with parameters that the traced forward never ran.
         refused: What looks like a layer but is not in ``layers``, to the reason why.
+        sums: Where two branches are added.
+        pads: Modules whose channels are scattered to the slots of a skip. A slot that goes takes its channel along.
     """
 
     layers: Mapping[str, Layer]
@@ -81,6 +84,8 @@ class ChannelGraph:
     uses: tuple[WeightUse, ...]
     unused: tuple[str, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
+    sums: tuple[SumPoint, ...] = ()
+    pads: tuple[PadPoint, ...] = ()
 
     def groups(self) -> list[ChannelGroup]:
         """Channels that may be cut, sorted into groups that share the same layers."""
@@ -112,12 +117,14 @@ class ChannelGraph:
         return ""
 
 
-def trace(model: nn.Module, forward: Forward) -> ChannelGraph:
+def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Literal["identity"] = ()) -> ChannelGraph:
     """Run a forward once on labels and find out which channels are tied.
 
     Args:
         model: The network. Names in the result are relative to it. It runs in evaluation mode and is left as it was.
         forward: Runs ``model`` as it is used, on real inputs, and returns what leaves the network. A batch of one is enough.
+        pad_back: Paths of modules at the end of a residual block whose output is to be scattered back to the width of the skip, so
+            that the block is cut on its own; ``"identity"`` finds them all where the skip is an identity or zero-padded.
 
     Returns:
         The graph. What an unknown operation touches is frozen in it, never guessed.
@@ -139,7 +146,9 @@ def trace(model: nn.Module, forward: Forward) -> ChannelGraph:
             raise ValueError(
                 f"Parameter {name!r} has no values yet; run the network once (or materialise it) before analysing it."
             )
-    mode = LabelMode(model)
+    if pad_back == "identity":
+        pad_back = {point.block for point in trace(model, forward).sums if point.block is not None}
+    mode = LabelMode(model, pad_back)
     with evaluating(model), rng.isolated(), mode.following():
         try:
             outputs = forward()
@@ -212,7 +221,22 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
         **{path: why for path, why in mode.refused.items() if path not in layers},
         **_aliases(model, layers),
     }
-    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused)
+    sums = tuple(replace(point, channels=classify(point.channels)) for point in mode.sums)
+    pads = tuple(replace(point, sources=classify(point.sources), slots=classify(point.slots)) for point in mode.pads)
+    _freeze_slots(pads, frozen)
+    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads)
+
+
+def _freeze_slots(pads: Sequence[PadPoint], frozen: dict[int, str]) -> None:
+    """A slot whose channel must stay must stay as well; so on through blocks whose channels are slots of others."""
+    changed = True
+    while changed:
+        changed = False
+        for pad in pads:
+            for source, slot in zip(pad.sources.tolist(), pad.slots[pad.positions].tolist(), strict=True):
+                if (source == FIXED or source in frozen) and slot not in frozen:
+                    frozen[slot] = f"a channel that cannot be cut goes there from {pad.module!r}"
+                    changed = True
 
 
 def _aliases(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:

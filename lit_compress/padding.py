@@ -8,10 +8,27 @@ Source: *Filter Distillation for Network Compression* (PFA), appendix C.2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Pad:
+    """How a module is padded back.
+
+    Args:
+        width: Channels of the skip.
+        slots: To which of them each of the module's own channels goes, ascending.
+    """
+
+    width: int
+    slots: tuple[int, ...]
 
 
 class PaddedBack(nn.Module):
@@ -49,11 +66,32 @@ def pad_back(module: nn.Module, slots: Tensor, width: int) -> None:
     module.padded_width = width  # type: ignore[assignment]
 
 
-def unpad(module: nn.Module) -> None:
-    """Undo :func:`pad_back`."""
-    if isinstance(module, PaddedBack):
-        del module._buffers["slots"], module.__dict__["padded_width"]
-        module.__class__ = type(module).__bases__[1]
+def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> None:
+    """Pad back the modules at some paths of a network."""
+    for path, pad in pads.items():
+        module = model.get_submodule(path)
+        device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        pad_back(module, torch.tensor(pad.slots, device=device), pad.width)
+
+
+@contextmanager
+def padded_for_now(model: nn.Module, pads: Mapping[str, Pad]) -> Iterator[None]:
+    """Pad back some modules for as long as the context lasts."""
+    before = [
+        (module, type(module), module._buffers.get("slots"), vars(module).get("padded_width"))
+        for module in map(model.get_submodule, pads)
+    ]
+    try:
+        pad_modules(model, pads)
+        yield
+    finally:
+        for module, kind, slots, width in before:
+            module.__class__ = kind
+            if slots is None:
+                module._buffers.pop("slots", None)
+                vars(module).pop("padded_width", None)
+            else:
+                module._buffers["slots"], vars(module)["padded_width"] = slots, width
 
 
 @lru_cache(maxsize=None)

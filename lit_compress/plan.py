@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.naming import relocation
+from lit_compress.padding import Pad, pad_modules
 from lit_compress.recipe import Recipe
 from lit_compress.slicing import all_tensors, cut_tensors
 
@@ -31,12 +32,14 @@ class Plan:
             registered under several names (tied weights) is listed under each.
         shapes: Shape before the cut of each tensor in ``keep``.
         transient: Those in ``keep`` that a state dict does not hold (buffers that are not persistent).
+        pads: Modules that are padded back after the cut, and how.
     """
 
     recipe: Recipe
     keep: Mapping[str, Dims]
     shapes: Mapping[str, tuple[int, ...]]
     transient: tuple[str, ...] = ()
+    pads: Mapping[str, Pad] = field(default_factory=dict)
     _names: Any = field(default=None, repr=False, compare=False)  # parameter of the model cut -> its name
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,7 +64,8 @@ class Plan:
                 before = mine.get(dim)
                 mine[dim] = indices if before is None else tuple(before[index] for index in indices)
         transient = tuple(sorted({*self.transient, *following.transient}))
-        return Plan(recipe=self.recipe.then(following.recipe), keep=keep, shapes=shapes, transient=transient)
+        pads = {**self.pads, **following.pads}
+        return Plan(recipe=self.recipe.then(following.recipe), keep=keep, shapes=shapes, transient=transient, pads=pads)
 
     def renamed(self, *, add: str = "", drop: str = "") -> Plan:
         """The same plan for a network that holds this one's as a submodule (``add="net."``), or is held by it."""
@@ -71,6 +75,7 @@ class Plan:
             keep={new: self.keep[name] for name, new in names.items()},
             shapes={new: self.shapes[name] for name, new in names.items()},
             transient=tuple(names[name] for name in self.transient if name in names),
+            pads={add + path.removeprefix(drop): pad for path, pad in self.pads.items() if path.startswith(drop)},
         )
 
     def bound_to(self, model: nn.Module) -> Plan:
@@ -118,14 +123,20 @@ class Plan:
         elif isinstance(target, nn.Module):
             fitted, before = self._fitted(all_tensors(target).keys(), "module"), plan_of(target)
             composed = fitted if before is None else before.then(fitted)
-            cut_tensors(target, fitted.keep, fitted.take)
+            fitted.cut_module(target)
             note_plan(target, composed)
         elif isinstance(target, MutableMapping):
             stored = replace(self, keep={name: dims for name, dims in self.keep.items() if name not in self.transient})
             fitted = stored._fitted(target.keys(), "state dict")
             target.update({name: fitted.take(name, target[name]) for name in fitted.keep})
+            target.update({f"{path}.slots": torch.tensor(pad.slots) for path, pad in fitted.pads.items()})
         else:
             raise TypeError(f"Expected an optimizer, a module or a state dict but got {type(target).__name__}.")
+
+    def cut_module(self, model: nn.Module) -> None:
+        """Slice the tensors of a network that has exactly the plan's names, and pad back what is cut on its own."""
+        cut_tensors(model, self.keep, self.take)
+        pad_modules(model, self.pads)
 
     def prepare(self, optimizer: Optimizer) -> Callable[[], None]:
         """Work out what an optimizer's state will be after the cut; calling the result puts it there, and cannot fail.
@@ -180,7 +191,9 @@ class Plan:
         keep = {name: {str(dim): list(indices) for dim, indices in dims.items()} for name, dims in self.keep.items()}
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         transient = list(self.transient)
-        return {"format": FORMAT, "recipe": self.recipe.to_dict(), "keep": keep, "shapes": shapes, "transient": transient}
+        pads = {path: {"width": pad.width, "slots": list(pad.slots)} for path, pad in self.pads.items()}
+        fields = {"keep": keep, "shapes": shapes, "transient": transient, "pads": pads}
+        return {"format": FORMAT, "recipe": self.recipe.to_dict(), **fields}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -194,11 +207,13 @@ class Plan:
                 f"The plan has format {data.get('format')} but this version of lit-compress reads format {FORMAT}; "
                 "upgrade lit-compress."
             )
-        if missing := sorted({"recipe", "keep", "shapes", "transient"} - set(data)):
+        if missing := sorted({"recipe", "keep", "shapes", "transient", "pads"} - set(data)):
             raise ValueError(f"Expected a plan but {missing} are missing.")
         keep = {name: {int(dim): tuple(indices) for dim, indices in dims.items()} for name, dims in data["keep"].items()}
         shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        return cls(recipe=Recipe.from_dict(data["recipe"]), keep=keep, shapes=shapes, transient=tuple(data["transient"]))
+        pads = {path: Pad(pad["width"], tuple(pad["slots"])) for path, pad in data["pads"].items()}
+        recipe, transient = Recipe.from_dict(data["recipe"]), tuple(data["transient"])
+        return cls(recipe=recipe, keep=keep, shapes=shapes, transient=transient, pads=pads)
 
 
 def plan_of(model: nn.Module) -> Plan | None:

@@ -27,6 +27,8 @@ class Recipe:
         method: What chose them, written so that a reader can redo it, e.g. ``"pfa(energy=0.95)"``.
         original: Output channels of every layer of the network that the recipe was made on. It is the recipe's
             fingerprint: a network that differs is refused. Empty for a recipe written by hand.
+        padded: Module at the end of a residual block to the channels of the skip that its own are scattered to, after the cut. Such
+            a block is cut on its own. Its skip must be an identity, or zero-padded.
 
     Raises:
         ValueError: If a layer keeps nothing, its indices are not ascending and distinct, or one lies outside the layer.
@@ -39,9 +41,10 @@ class Recipe:
     keep: Mapping[str, tuple[int, ...]]
     method: str = "by hand"
     original: Mapping[str, int] = field(default_factory=dict)
+    padded: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("keep", "original"):
+        for name in ("keep", "original", "padded"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"Argument `{name}` must map layer names but got {getattr(self, name)!r}.")
         keep = {layer: _indices(layer, channels) for layer, channels in self.keep.items()}
@@ -54,6 +57,8 @@ class Recipe:
         # Frozen to the bottom: nobody can edit a recipe that a checkpoint or a plan also holds.
         object.__setattr__(self, "keep", MappingProxyType(keep))
         object.__setattr__(self, "original", MappingProxyType(original))
+        padded = {module: _integer(module, width) for module, width in self.padded.items()}
+        object.__setattr__(self, "padded", MappingProxyType(padded))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Recipe.from_dict, (self.to_dict(),)
@@ -96,7 +101,8 @@ class Recipe:
         later = {layer: width for layer, width in following.original.items() if layer not in self.keep}
         original = {**later, **self.original} if self.original or not self.keep else {}
         methods = [recipe.method for recipe in (self, following) if recipe.keep] or [following.method]
-        return Recipe(keep=keep, method=" then ".join(methods), original=original)
+        padded = {**self.padded, **following.padded}
+        return Recipe(keep=keep, method=" then ".join(methods), original=original, padded=padded)
 
     def renamed(self, *, add: str = "", drop: str = "") -> Recipe:
         """The same recipe for a network that holds this one's as a submodule, or is held by it.
@@ -113,7 +119,9 @@ class Recipe:
         def rename(names: Mapping[str, Any]) -> dict[str, Any]:
             return {add + name.removeprefix(drop): value for name, value in names.items() if name.startswith(drop)}
 
-        return Recipe(keep=rename(self.keep), method=self.method, original=rename(self.original))
+        return Recipe(
+            keep=rename(self.keep), method=self.method, original=rename(self.original), padded=rename(self.padded)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Builtin types only, so that JSON and ``torch.load(weights_only=True)`` take it."""
@@ -122,6 +130,7 @@ class Recipe:
             "method": self.method,
             "keep": {layer: list(channels) for layer, channels in self.keep.items()},
             "original": dict(self.original),
+            "padded": dict(self.padded),
         }
 
     @classmethod
@@ -138,7 +147,8 @@ class Recipe:
                 f"The recipe has format {data['format']} but this version of lit-compress reads format {FORMAT}; "
                 "upgrade lit-compress."
             )
-        return cls(keep=data["keep"], method=data.get("method", "by hand"), original=data.get("original", {}))
+        fields = {name: data.get(name, {}) for name in ("original", "padded")}
+        return cls(keep=data["keep"], method=data.get("method", "by hand"), **fields)
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON, one layer a line."""

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_compress import rng
 from lit_compress.graph import ChannelGraph, evaluating
+from lit_compress.padding import padded_for_now
 from lit_compress.plan import Plan
 from lit_compress.slicing import all_tensors, substituted
 from lit_compress.tracing import tensors_in
@@ -122,6 +124,10 @@ class SelfCheck:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(substituted(self._model, self._values(silenced)))
+            if silenced:
+                stack.enter_context(self._silent_blocks())
+            else:
+                stack.enter_context(padded_for_now(self._model, self._plan.pads))
             stack.enter_context(self._listening())
             torch.manual_seed(0)
             inputs = tree_map(self._precise, self._inputs) if self._double else self._inputs
@@ -150,6 +156,29 @@ class SelfCheck:
             for tensor, name in {tensors[name]: name for name in self._plan.keep}.items():
                 values[tensor] = self._plan.take(name, values.get(tensor, tensor.data))
         return values
+
+    @contextmanager
+    def _silent_blocks(self) -> Iterator[None]:
+        """Silence the removed channels of blocks that are padded back where they enter the sum."""
+
+        def silence(keep: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+            return lambda module, inputs, output: output * keep.to(output).view(1, -1, *[1] * (output.ndim - 2))
+
+        removed: set[int] = set()
+        for name, dims in self._plan.keep.items():
+            for dim, kept in dims.items():
+                classes = self._graph.tensors.get(name, {}).get(dim)
+                removed.update(() if classes is None else np.delete(classes, kept).tolist())
+        handles = []
+        for point in self._graph.pads:
+            keep = torch.zeros(len(point.slots))
+            keep[point.positions] = torch.tensor([source not in removed for source in point.sources.tolist()]).float()
+            handles.append(self._model.get_submodule(point.module).register_forward_hook(silence(keep)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

@@ -12,13 +12,15 @@ from torch import nn
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.labels import FIXED
 from lit_compress.naming import relocation
+from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.selfcheck import SelfCheck
-from lit_compress.slicing import all_tensors, cut_tensors
+from lit_compress.slicing import all_tensors
 
 # How to run the network on inputs as it is used; returns what leaves it.
 ForwardFn: TypeAlias = Callable[[nn.Module, Any], Any]
+_Classes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -68,7 +70,7 @@ def cut(
         )
     """
     if graph is None:
-        graph = trace(model, lambda: forward_fn(model, example_inputs))
+        graph = trace(model, lambda: forward_fn(model, example_inputs), pad_back=tuple(recipe.padded))
     plan = plan_for(model, graph, recipe)
     if not plan.keep:
         return plan
@@ -76,7 +78,7 @@ def cut(
         SelfCheck(model, graph, plan, forward_fn, example_inputs).compare()
     before = plan_of(model)
     composed = plan if before is None else before.then(plan)
-    cut_tensors(model, plan.keep, plan.take)
+    plan.cut_module(model)
     note_plan(model, composed)
     return plan
 
@@ -95,7 +97,7 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
         ValueError: As :func:`cut`.
     """
     recipe = _placed(graph, recipe)
-    removed = _removed_classes(graph, recipe)
+    removed = _with_slots(graph, _removed_classes(graph, recipe))
     _refuse_contradictions(graph, recipe, removed)
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, dims in graph.tensors.items():
@@ -107,8 +109,35 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
         name: keep[layer.weight][layer.dim] for name, layer in graph.layers.items() if layer.dim in keep.get(layer.weight, {})
     }
     widths = {name: len(layer.classes) for name, layer in graph.layers.items()}
-    complete = Recipe(keep=kept, method=recipe.method, original=widths)
-    return Plan(recipe=complete, keep=keep, shapes={name: graph.shapes[name] for name in keep})
+    pads = _pads(graph, removed)
+    padded = {path: pad.width for path, pad in pads.items()}
+    complete = Recipe(keep=kept, method=recipe.method, original=widths, padded=padded)
+    return Plan(recipe=complete, keep=keep, shapes={name: graph.shapes[name] for name in keep}, pads=pads)
+
+
+def _with_slots(graph: ChannelGraph, removed: _Classes) -> _Classes:
+    """The classes removed, with the channels of padded blocks whose slot in the skip goes."""
+    found = set(removed.tolist())
+    size = -1
+    while len(found) > size:
+        size = len(found)
+        for pad in graph.pads:
+            slots = pad.slots[pad.positions].tolist()
+            found.update(source for source, slot in zip(pad.sources.tolist(), slots, strict=True) if slot in found)
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def _pads(graph: ChannelGraph, removed: _Classes) -> dict[str, Pad]:
+    """How the blocks that can be padded back are after the cut; those that keep all that their skip keeps need none."""
+    pads = {}
+    for point in graph.pads:
+        stays = ~np.isin(point.slots, removed)
+        new_place = np.cumsum(stays) - 1
+        kept = point.positions[~np.isin(point.sources, removed)]
+        slots = tuple(new_place[kept].tolist())
+        if point.present or len(slots) < int(stays.sum()):
+            pads[point.module] = Pad(int(stays.sum()), slots)
+    return pads
 
 
 def plan_for(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> Plan:
@@ -162,7 +191,7 @@ def _placed(graph: ChannelGraph, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> _Classes:
     removed: set[int] = set()
     for name, channels in recipe.keep.items():
         classes = graph.layers[name].classes
@@ -177,7 +206,7 @@ def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> np.ndarray[tuple[in
     return np.array(sorted(removed), dtype=np.int64)
 
 
-def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: _Classes) -> None:
     for name, layer in graph.layers.items():
         gone = np.isin(layer.classes, removed)
         if gone.all():

@@ -7,9 +7,10 @@ keep channels apart freezes the channels that meet there: no guess is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, to_numpy, varies, vector_along
+from lit_compress.padding import PaddedBack
+from lit_compress.skips import PadPoint, SumPoint, Tap
 
 Vector: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 # For each dimension of a tensor made from parameters: the (parameter or buffer, dimension) pairs that run along it.
@@ -88,9 +91,10 @@ class LabelMode(TorchDispatchMode):
 
     Args:
         model: The network whose parameters and buffers are recognised.
+        pad_back: Paths of modules whose output is to be padded back: their channels are not tied to those they are added to.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pad_back: Collection[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.atoms = 0
         self.ties: list[Vector] = []  # (2, n): atoms that are cut together
@@ -101,6 +105,14 @@ class LabelMode(TorchDispatchMode):
         self.leaving: dict[str, bool] = {}  # weights in the order met -> whether the layer makes channels of its own
         self.called: set[str] = set()
         self.refused: dict[str, str] = {}  # path of a module -> why its weight is not a layer's
+        self.sums: list[SumPoint] = []  # with atoms in place of classes
+        self.pads: list[PadPoint] = []
+        self._pad_back = frozenset(pad_back)
+        self._own: list[tuple[int, int]] = []  # first atom and width of each use of a layer
+        self._read: list[Vector] = []  # channels that entered a layer so far
+        self._calls: Counter[str] = Counter()
+        self._sum_of: Any = WeakTensorKeyDictionary()  # tensor -> index of the sum that it is
+        self._ends: Any = WeakTensorKeyDictionary()  # tensor -> path of the innermost module that returned it last
         self._pinned: dict[tuple[str, int], str] = {}
         self._labels: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
@@ -117,9 +129,12 @@ class LabelMode(TorchDispatchMode):
     def following(self) -> Iterator[LabelMode]:
         """Enter the mode and keep track of the module that runs, so that refusals can name it."""
 
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, inputs: Any) -> None:
             path = self._paths.get(id(module), self.path)
             self.called.add(path)
+            self._calls[path] += 1
+            for position, value in enumerate(inputs):
+                self._see(value, Tap(path, "input", self._calls[path] - 1, position))
             self._stack.append((id(module), path))
             if isinstance(module, _SIZES_CHECKED):
                 for parameter in module.parameters():
@@ -128,6 +143,8 @@ class LabelMode(TorchDispatchMode):
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             while self._stack.pop()[0] != id(module):  # modules that failed, where the forward caught it, never left
                 pass
+            if isinstance(output, Tensor):
+                self._leave(module, self._paths.get(id(module), ""), output)
             if module is self._model:
                 self.freeze_outputs(output)
 
@@ -193,6 +210,73 @@ class LabelMode(TorchDispatchMode):
             self.freeze(self._label(tensor), "they are the output of the network")
             self.pin(tensor, "it is the output of the network")
 
+    # ---------------------------------------------------------------- skips
+
+    def _see(self, value: Any, tap: Tap) -> None:
+        """A module takes or gives a tensor: if it is a sum, a hook can see it there."""
+        index = self._sum_of.get(value) if isinstance(value, Tensor) else None
+        if index is not None and self.sums[index].tap is None:
+            self.sums[index] = replace(self.sums[index], tap=tap)
+
+    def _leave(self, module: nn.Module, path: str, output: Tensor) -> None:
+        if path in self._pad_back and not isinstance(module, PaddedBack):
+            labels = self._label(output)
+            vector = None if labels is None or output.ndim < 2 or self._calls[path] > 1 else vector_along(labels, 1)
+            if vector is None:
+                raise ValueError(f"{path!r} cannot be padded back: it runs more than once, or has no channels of its own.")
+            self._scatter(path, output, vector.numpy().astype(np.int64), np.arange(output.shape[1]), present=False)
+        self._see(output, Tap(path, "output", self._calls[path] - 1))
+        if next(module.children(), None) is None:
+            self._ends[output] = path
+
+    def _scatter(self, path: str, output: Tensor, sources: Vector, positions: Vector, *, present: bool) -> None:
+        """End the channels of a padded module, and start the slots of the skip that they are added to."""
+        slots = np.arange(self.atoms, self.atoms + output.shape[1])
+        self.atoms += len(slots)
+        self.pads.append(PadPoint(path, sources, positions, slots, present))
+        self._labels[output] = spread(torch.from_numpy(slots), output.shape, 1)
+
+    def _index_copy(self, call: _Call) -> None:
+        """The scatter of a module that is padded back already; any other is not followed."""
+        module = self._model.get_submodule(self.path)
+        if not isinstance(module, PaddedBack) or call.bound["index"] is not module.slots:
+            return self._barrier(call)
+        source = call.bound["source"]
+        labels = self._label(source)
+        vector = fixed(source.shape[1:2]) if labels is None else vector_along(labels, 1)
+        if vector is None:
+            return self._barrier(call)
+        positions = module.slots.cpu().numpy().astype(np.int64)
+        self._scatter(self.path, call.first, vector.numpy().astype(np.int64), positions, present=True)
+        return None
+
+    def _operands(self, call: _Call) -> list[tuple[bool, str | None]]:
+        """Of a sum of two branches: whether each ends in a layer of its own, and in which module."""
+        found: list[tuple[bool, str | None]] = []
+        if call.name in ("add", "add_") and call.bound.get("alpha", 1) == 1 and len(call.tensors) == 2 and call.first.ndim >= 2:
+            # What is tied, or was read by a layer before, does not end here: it is an identity.
+            busy = np.concatenate([np.zeros(0, np.int64), *(pair.ravel() for pair in self.ties), *self._read])
+            for tensor in call.tensors:
+                labels = self._label(tensor)
+                vector = None if labels is None or tensor.shape != call.first.shape else vector_along(labels, 1)
+                if vector is None:
+                    return []
+                atoms = vector.numpy()
+                own = (int(atoms[0]), len(atoms)) in self._own and bool((np.diff(atoms) == 1).all()) and not np.isin(atoms, busy).any()
+                end = self._ends.get(tensor)
+                found.append((own, end if end is not None and self._calls[end] == 1 else None))
+        return found
+
+    def _note_sum(self, call: _Call, operands: list[tuple[bool, str | None]]) -> None:
+        labels = self._label(call.first)
+        vector = None if labels is None else vector_along(labels, 1)
+        if vector is None or not operands:
+            return
+        ends = [end for own, end in operands if own]
+        block = ends[0] if len(ends) == 1 else None
+        self._sum_of[call.first] = len(self.sums)
+        self.sums.append(SumPoint(vector.numpy().astype(np.int64), None, projection=len(ends) == 2, block=block))
+
     # ---------------------------------------------------------------- one operation
 
     def __torch_dispatch__(
@@ -205,7 +289,10 @@ class LabelMode(TorchDispatchMode):
             schema = func._schema.arguments
             bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
             bound |= dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
-            self._rule(func)(_Call(func, args, kwargs, bound, tensors, out))
+            call = _Call(func, args, kwargs, bound, tensors, out)
+            self._rule(func)(call)
+            if call.name.endswith("_") and call.name != "add_":
+                self._sum_of.pop(call.first, None)  # overwritten in place: no longer the sum
         return out
 
     def _rule(self, func: Any) -> Callable[[_Call], None]:
@@ -229,6 +316,8 @@ class LabelMode(TorchDispatchMode):
             return self._movement
         if name in _SAME_SHAPE:
             return self._same_shape
+        if name == "index_copy":
+            return self._index_copy
         if name in _NO_EFFECT:
             return self._no_effect
         if name in _ALONG_DIM and "dim" in {argument.name for argument in func._schema.arguments}:
@@ -306,11 +395,14 @@ class LabelMode(TorchDispatchMode):
                 self.freeze(labels, f"channels are mixed with positions where they enter {self.where}")
             else:
                 entering = vector.numpy().astype(np.int64)
+                self._read.append(entering)
         width = call.first.shape[dim]
         transposed = bool(call.bound.get("transposed", False))
         depthwise = groups > 1 and groups == x.shape[dim] == width and not transposed
         leaving = entering if depthwise else np.arange(self.atoms, self.atoms + width)
-        self.atoms += 0 if depthwise else width
+        if not depthwise:
+            self._own.append((self.atoms, width))
+            self.atoms += width
         why = f"{self.where} is shared with a part of the network that is left whole"
         if groups > 1:
             self.meet(origin[in_dim], np.full(weight.shape[in_dim], FIXED), why)
@@ -365,10 +457,12 @@ class LabelMode(TorchDispatchMode):
             (tensor, aligned(collapsed(label), ndim)) for tensor in call.tensors if (label := self._label(tensor)) is not None
         ]
         if parts:
+            operands = self._operands(call)
             united = self._unite(call, parts)
             self._join_unlabelled(call, united)
             for tensor in call.outputs:
                 self._labels[tensor] = united.expand(call.first.shape)
+            self._note_sum(call, operands)
         else:
             self._derive(call)
         return None
