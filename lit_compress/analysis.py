@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,17 @@ from lit_compress.plan import Plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.report import LayerRow, LayerTable, count_parameters
 from lit_compress.selection import pfa
-from lit_compress.spectra import GroupSpectrum, group_spectra
+from lit_compress.skips import Vector
+from lit_compress.spectra import GroupSpectrum, group_spectra, observed, sum_name
 from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather_covariances, in_order, to_device
 from lit_compress.surgery import ForwardFn, call, make_plan
+
+
+class _Limits(NamedTuple):
+    """Bounds on every width."""
+
+    min_width: int
+    round_to: int
 
 
 class Analysis:
@@ -56,6 +65,7 @@ class Analysis:
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
         min_width: int = 1,
+        round_to: int = 1,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
     ) -> Recipe:
@@ -67,6 +77,7 @@ class Analysis:
                 is searched for, with the real size of the cut network; the result is at or below.
             keep_mult_adds: The same for mult-adds.
             min_width: Channels that each layer keeps at least.
+            round_to: Round each width up to a multiple of this, which some hardware is faster with. A target is met all the same.
             include: Patterns (``"layer1.*"``) of the layers to cut; tied layers are cut only if all of them match.
             exclude: Patterns of layers to leave whole.
 
@@ -83,15 +94,18 @@ class Analysis:
             raise ValueError(f"Give at most one of `energy`, `keep_params` and `keep_mult_adds` but got {sorted(targets)}.")
         if min_width < 1:
             raise ValueError(f"Argument `min_width` must be at least 1 but got {min_width}.")
+        if round_to < 1:
+            raise ValueError(f"Argument `round_to` must be at least 1 but got {round_to}.")
+        limits = _Limits(min_width, round_to)
         chosen = self._chosen(include, exclude)
         if not targets:
             widths = {name: pfa.kl_width(found.spectrum) for name, found in chosen.items()}
-            return self._recipe(chosen, widths, min_width, "pfa(kl)")
+            return self._recipe(chosen, widths, limits, "pfa(kl)")
         ((name, value),) = targets.items()
         if name == "energy":
-            return self._recipe(chosen, _energy_widths(chosen, value), min_width, f"pfa(energy={value:g})")
+            return self._recipe(chosen, _energy_widths(chosen, value), limits, f"pfa(energy={value:g})")
         size = self.parameters if name == "keep_params" else self.mult_adds
-        return self._search(chosen, name, value, size, min_width)
+        return self._search(chosen, name, value, size, limits)
 
     def parameters(self, recipe: Recipe | None = None) -> int:
         """Trainable parameters of the network as analysed, or as a recipe would cut it."""
@@ -162,22 +176,36 @@ class Analysis:
             and not any(matches(member, pattern) for pattern in exclude for member in found.group.members)
         }
 
-    def _recipe(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], min_width: int, method: str) -> Recipe:
-        gone: set[int] = set()
-        for name, found in chosen.items():
-            stays = found.kept(widths[name], min_width).numpy()
-            gone.update(np.delete(found.group.classes, stays).tolist())
-        removed = np.array(sorted(gone), dtype=np.int64)
+    def _recipe(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], limits: _Limits, method: str) -> Recipe:
+        padded = {source for pad in self.graph.pads for source in pad.sources.tolist()}
+        gone = np.zeros(0, dtype=np.int64)
+        # A padded block chooses among the channels whose slot in the skip stays, so the skips choose first.
+        for name, found in sorted(chosen.items(), key=lambda item: not padded.isdisjoint(item[1].group.classes.tolist())):
+            available = torch.from_numpy(~np.isin(found.group.classes, gone))
+            stays = found.kept(widths[name], limits.min_width, limits.round_to, available).numpy()
+            stays = self._with_a_slot_each(found, stays)
+            gone = self.graph.with_slots(np.append(gone, np.delete(found.group.classes, stays)))
         keep = {}
         for name, layer in self.graph.layers.items():
-            stays = ~np.isin(layer.classes, removed)
-            if layer.own and not stays.all():
-                keep[name] = tuple(np.flatnonzero(stays).tolist())
+            left = ~np.isin(layer.classes, gone)
+            if layer.own and not left.all():
+                keep[name] = tuple(np.flatnonzero(left).tolist())
         original = {name: len(layer.classes) for name, layer in self.graph.layers.items()}
-        return Recipe(keep=keep, method=method, original=original)
+        recipe = Recipe(keep=keep, method=method, original=original, padded={pad.module: len(pad.slots) for pad in self.graph.pads})
+        return replace(recipe, padded=make_plan(self.graph, recipe).recipe.padded)
+
+    def _with_a_slot_each(self, found: GroupSpectrum, stays: Vector) -> Vector:
+        """What stays of a skip, with at least one slot for each block that is padded back to it already."""
+        for pad in self.graph.pads:
+            slots = pad.slots[pad.positions]
+            mine = np.flatnonzero(np.isin(found.group.classes, slots))
+            if len(mine) and not np.isin(mine, stays).any():
+                last = max(mine.tolist(), key=found.order.tolist().index)
+                stays = np.sort(np.append(stays, last))
+        return stays
 
     def _search(
-        self, chosen: Mapping[str, GroupSpectrum], name: str, share: float, size: Callable[[Recipe], int], min_width: int
+        self, chosen: Mapping[str, GroupSpectrum], name: str, share: float, size: Callable[[Recipe], float], limits: _Limits
     ) -> Recipe:
         """The largest energy whose cut network is at most the share of the original one."""
         if not 0 < share < 1:
@@ -189,12 +217,12 @@ class Analysis:
         label = f"pfa({name}={share:g})"
 
         def at(step: int) -> Recipe:
-            return self._recipe(chosen, _energy_widths(chosen, float(steps[step])), min_width, label)
+            return self._recipe(chosen, _energy_widths(chosen, float(steps[step])), limits, label)
 
         smallest = size(at(0))
         if smallest > share * original:
             raise ValueError(
-                f"`{name}={share:g}` cannot be reached: with `min_width={min_width}` the smallest network has "
+                f"`{name}={share:g}` cannot be reached: with `min_width={limits.min_width}` the smallest network has "
                 f"{smallest / original:.4f} of the original's {original} {what}. Raise `{name}`, or leave fewer layers out."
             )
         low, high = 0, len(steps) - 1  # the recipe at `low` meets the target
@@ -226,6 +254,7 @@ def analyze(
     forward_fn: ForwardFn | None = None,
     max_samples: int | None = None,
     progress: Progress | None = None,
+    skips: Literal["share", "pad"] = "share",
 ) -> Analysis:
     """Find out how many channels each layer of a network needs on some data, changing nothing.
 
@@ -241,6 +270,8 @@ def analyze(
             otherwise the first ones up to the end of a batch. None for all. Each layer needs at least as many samples as it has
             channels, or it is left whole.
         progress: Wraps the loader in a progress bar, given the number of batches or None.
+        skips: ``"share"``: layers tied by a skip connection keep the same channels, chosen on the sum of the branches. ``"pad"``: a
+            block with an identity or zero-padded skip is cut on its own, and its output scattered back to the width of the skip.
 
     Returns:
         The analysis.
@@ -257,6 +288,9 @@ def analyze(
     """
     if method != "pfa":
         raise ValueError(f"Argument `method` must be 'pfa' but got {method!r}.")
+    if skips not in ("share", "pad"):
+        raise ValueError(f"Argument `skips` must be 'share' or 'pad' but got {skips!r}.")
+    pad_back: Any = "identity" if skips == "pad" else ()
     run_batch = forward_fn or _run_first
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with rng.isolated():
@@ -264,16 +298,18 @@ def analyze(
         if example_inputs is None:
             first, loader = _peek(loader)
             example = to_device(first_samples(first), device)
-            graph = trace(model, lambda: run_batch(model, example))
+            graph = trace(model, lambda: run_batch(model, example), pad_back=pad_back)
         else:
             example = to_device(example_inputs, device)
-            graph = trace(model, lambda: (forward_fn or call)(model, example))
+            graph = trace(model, lambda: (forward_fn or call)(model, example), pad_back=pad_back)
         modules = dict(model.named_modules())
-        members = {member for group in graph.groups() for member in group.members if member in modules}
-        layers = {name: len(layer.classes) for name, layer in graph.layers.items() if name in members}
+        groups = [observed(graph, group) for group in graph.groups()]
+        taps = {sum_name(point.tap): point.tap for point in graph.sums if point.tap is not None}
+        sizes = {name: len(position) for group in groups for name, position in group.members.items()}
+        layers = {name: size for name, size in sizes.items() if name in modules or name in taps}
         batches = loader if progress is None else progress(loader, _length(loader))
         covariances = gather_covariances(
-            model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples
+            model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples, taps=taps
         )
     return Analysis(
         graph,

@@ -107,6 +107,17 @@ class ChannelGraph:
             groups.append(ChannelGroup(np.array(classes, dtype=np.int64), members))
         return groups
 
+    def with_slots(self, removed: Vector) -> Vector:
+        """The classes to remove, with the channels of padded blocks whose slot in the skip is among them, ascending."""
+        found = set(removed.tolist())
+        size = -1
+        while len(found) > size:
+            size = len(found)
+            for pad in self.pads:
+                slots = pad.slots[pad.positions].tolist()
+                found.update(source for source, slot in zip(pad.sources.tolist(), slots, strict=True) if slot in found)
+        return np.array(sorted(found), dtype=np.int64)
+
     def why_whole(self, layer: str) -> str:
         """The reason why channels of a layer cannot be cut, or an empty string if they all can."""
         for channel_class in self.layers[layer].classes.tolist():

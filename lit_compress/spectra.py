@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from lit_compress.graph import ChannelGraph, ChannelGroup
 from lit_compress.labels import FIXED
 from lit_compress.selection import pfa
+from lit_compress.skips import Tap
 from lit_compress.statistics.covariance import StreamingCovariance
 
 
@@ -31,11 +33,20 @@ class GroupSpectrum:
     order: Tensor
     inactive: int
 
-    def kept(self, width: int, min_width: int) -> Tensor:
-        """Positions that stay, ascending."""
-        size = len(self.order)
-        most = max(size - min_width, 0)
-        return self.order[min(max(size - width, self.inactive), most) :].sort().values
+    def kept(self, width: int, min_width: int, round_to: int = 1, available: Tensor | None = None) -> Tensor:
+        """Positions that stay, ascending: ``width`` of them or fewer, as many as are active, rounded up to a multiple.
+
+        Args:
+            width: How many.
+            min_width: How many at least, active or not.
+            round_to: The multiple.
+            available: Which may stay at all ``(C,)``, bool; None for all.
+        """
+        order, active = self.order, torch.arange(len(self.order)) >= self.inactive
+        if available is not None:
+            order, active = order[available[order]], active[available[order]]
+        least = max(min(width, int(active.sum())), min_width)
+        return order[max(len(order) - round_to * ceil(least / round_to), 0) :].sort().values
 
 
 def group_spectra(
@@ -45,7 +56,7 @@ def group_spectra(
 
     Args:
         graph: The network's graph.
-        covariances: Layer name to the covariance of its responses, of one pass over the data.
+        covariances: Layer name, or :func:`sum_name`, to the covariance of its responses, of one pass over the data.
 
     Returns:
         Group name (of its first layer; ``"conv#2"`` for the second group that starts with it) to spectrum, and layer name to the
@@ -55,8 +66,9 @@ def group_spectra(
     whole = {name: why for name in graph.layers if (why := graph.why_whole(name))}
     read = _read_classes(graph)
     for group in graph.groups():
-        why = _unfit(group, covariances) if read.intersection(group.classes.tolist()) else "no layer reads its channels"
-        pooled = None if why else pooled_covariance(group, {name: covariances[name].compute() for name in group.members})
+        seen = observed(graph, group)
+        why = _unfit(seen, covariances) if read.intersection(group.classes.tolist()) else "no layer reads its channels"
+        pooled = None if why else pooled_covariance(seen, {name: covariances[name].compute() for name in seen.members})
         if pooled is None:
             whole |= dict.fromkeys(group.members, why or "its responses are constant on these data")
             continue
@@ -68,9 +80,33 @@ def group_spectra(
     return spectra, whole
 
 
+def sum_name(tap: Tap) -> str:
+    """What a sum is called among the covariances."""
+    return f"the sum at {tap.module}, call {tap.call}"
+
+
+def observed(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:
+    """The group with that in place of its members whose responses are to be analysed.
+
+    For layers that a skip ties, it is the sum of the two branches (P3, appendix C.3): where both end in a layer of their own (a
+    projection), or else the last sum of the stream. A sum that no module takes or gives cannot be seen; the members are then
+    pooled.
+    """
+    if len(group.members) < 2:
+        return group
+    wanted = set(group.classes.tolist())
+    sums = [point for point in graph.sums if point.tap is not None and wanted.issubset(point.channels.tolist())]
+    if not sums:
+        return group
+    point = next((point for point in sums if point.projection), sums[-1])
+    position = {channel_class: index for index, channel_class in enumerate(group.classes.tolist())}
+    channels = np.array([position.get(channel_class, FIXED) for channel_class in point.channels.tolist()], dtype=np.int64)
+    return ChannelGroup(group.classes, {sum_name(point.tap): channels})  # type: ignore[arg-type]  # sums without a tap are left out
+
+
 def _read_classes(graph: ChannelGraph) -> set[int]:
     """Classes of channels that enter a weight. What no weight reads leaves the network, though the trace saw no output."""
-    read: set[int] = set()
+    read: set[int] = {source for pad in graph.pads for source in pad.sources.tolist()}
     for use in graph.uses:
         read.update(graph.tensors.get(use.weight, {}).get(use.in_dim, np.zeros(0)).tolist())
     return read

@@ -97,7 +97,7 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
         ValueError: As :func:`cut`.
     """
     recipe = _placed(graph, recipe)
-    removed = _with_slots(graph, _removed_classes(graph, recipe))
+    removed = graph.with_slots(_removed_classes(graph, recipe))
     _refuse_contradictions(graph, recipe, removed)
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, dims in graph.tensors.items():
@@ -113,18 +113,6 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
     padded = {path: pad.width for path, pad in pads.items()}
     complete = Recipe(keep=kept, method=recipe.method, original=widths, padded=padded)
     return Plan(recipe=complete, keep=keep, shapes={name: graph.shapes[name] for name in keep}, pads=pads)
-
-
-def _with_slots(graph: ChannelGraph, removed: _Classes) -> _Classes:
-    """The classes removed, with the channels of padded blocks whose slot in the skip goes."""
-    found = set(removed.tolist())
-    size = -1
-    while len(found) > size:
-        size = len(found)
-        for pad in graph.pads:
-            slots = pad.slots[pad.positions].tolist()
-            found.update(source for source, slot in zip(pad.sources.tolist(), slots, strict=True) if slot in found)
-    return np.array(sorted(found), dtype=np.int64)
 
 
 def _pads(graph: ChannelGraph, removed: _Classes) -> dict[str, Pad]:

@@ -2,5 +2,6 @@
 
 from lit_compress.statistics.covariance import StreamingCovariance
 from lit_compress.statistics.gather import gather_covariances
+from lit_compress.statistics.mean import StreamingMean
 
-__all__ = ["StreamingCovariance", "gather_covariances"]
+__all__ = ["StreamingCovariance", "StreamingMean", "gather_covariances"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,9 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 
 from lit_compress import rng
 from lit_compress.graph import evaluating
+from lit_compress.skips import Tap
 from lit_compress.statistics.covariance import StreamingCovariance, spatial_max
+from lit_compress.statistics.mean import StreamingMean
 
 # Wraps an iterable of batches, of a known number or None, in a progress bar.
 _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)  # they may go through the whole data set
@@ -27,6 +30,8 @@ def gather_covariances(
     run: Callable[[Any], Any],
     *,
     max_samples: int | None = None,
+    taps: Mapping[str, Tap] | None = None,
+    means: Mapping[str, StreamingMean] | None = None,
 ) -> dict[str, StreamingCovariance]:
     """Covariance of the responses of many layers, from one pass in evaluation mode that leaves the network as it was.
 
@@ -36,9 +41,11 @@ def gather_covariances(
     Args:
         model: The network.
         batches: Inputs.
-        layers: Names of layers, as in ``model.named_modules()``, to their number of output channels.
+        layers: Names of layers, as in ``model.named_modules()``, to their number of output channels; or names in ``taps``.
         run: Runs the network on a batch.
         max_samples: Stop after the batch that reaches this number of samples. None for all.
+        taps: Where to find what is not a layer's output, such as the sum of two branches.
+        means: Names of layers whose mean input is wanted, filled in place.
 
     Returns:
         A filled :class:`StreamingCovariance` for each layer; memory does not grow with the number of samples.
@@ -46,43 +53,64 @@ def gather_covariances(
     Raises:
         ValueError: If a response is not finite, naming the layer, or if there is no batch.
     """
-    modules = dict(model.named_modules())
     covariances = {name: StreamingCovariance(channels) for name, channels in layers.items()}
-
     # One batch's responses, added after its forward: between the layers, from a cold cache, that takes several times as long.
     responses: list[tuple[str, Tensor]] = []
 
-    def listen(name: str, channels_last: bool) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            with _naming(name):
-                maxima = spatial_max(output.movedim(-1, 1) if channels_last and output.ndim > 2 else output)
-            # The network may go on to change the output in place.
-            responses.append((name, maxima.clone() if maxima is output else maxima))
+    def respond(name: str, output: Tensor) -> None:
+        with _naming(name):
+            maxima = spatial_max(output)
+        # The network may go on to change the output in place.
+        responses.append((name, maxima.clone() if maxima is output else maxima))
 
-        return hook
+    def average(name: str, value: Tensor) -> None:
+        with _naming(name):
+            means[name].update(value)  # type: ignore[index]  # called for its own names alone
 
     seen = 0
     with ExitStack() as stack:
         stack.enter_context(rng.isolated())
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        for name in layers:
-            weight = getattr(modules[name], "weight", None)
-            channels_last = isinstance(weight, Tensor) and weight.ndim == 2
-            handle = modules[name].register_forward_hook(listen(name, channels_last))
-            stack.callback(handle.remove)
+        watches = [_Watch(model, (taps or {}).get(name, Tap(name)), partial(respond, name)) for name in layers]
+        watches += [_Watch(model, Tap(name, "input"), partial(average, name)) for name in means or ()]
+        for watch in watches:
+            stack.callback(watch.handle.remove)
         for batch in batches:
             run(batch)
             for name, maxima in responses:
                 with _naming(name):
                     covariances[name].update(maxima)
             responses.clear()
+            for watch in watches:
+                watch.calls = 0
             seen += batch_size(batch)
             if max_samples is not None and seen >= max_samples:
                 break
     if seen == 0:
         raise ValueError("The analysis needs data, but the loader gave no batch.")
     return covariances
+
+
+class _Watch:
+    """A hook on a tap, which hands on what it sees with the channels in the second dimension."""
+
+    def __init__(self, model: nn.Module, tap: Tap, see: Callable[[Tensor], None]) -> None:
+        module = model.get_submodule(tap.module)
+        self._tap, self._see = tap, see
+        weight = getattr(module, "weight", None)
+        self._channels_last = isinstance(weight, Tensor) and weight.ndim == 2
+        self.calls = 0  # of the module, in this batch
+        self.handle = (
+            module.register_forward_hook(lambda module, inputs, output: self._look(output))
+            if tap.side == "output"
+            else module.register_forward_pre_hook(lambda module, inputs: self._look(inputs[tap.position]))
+        )
+
+    def _look(self, value: Tensor) -> None:
+        if self._tap.call in (None, self.calls):
+            self._see(value.movedim(-1, 1) if self._channels_last and value.ndim > 2 else value)
+        self.calls += 1
 
 
 @contextmanager
