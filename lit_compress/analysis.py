@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_compress import rng
+from lit_compress.compensation import readers
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.plan import Plan, plan_of
 from lit_compress.recipe import Recipe
@@ -21,6 +22,7 @@ from lit_compress.selection import pfa
 from lit_compress.skips import Vector
 from lit_compress.spectra import GroupSpectrum, group_spectra, observed, sum_name
 from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather_covariances, in_order, to_device
+from lit_compress.statistics.mean import StreamingMean
 from lit_compress.surgery import ForwardFn, call, make_plan
 
 
@@ -41,6 +43,7 @@ class Analysis:
         spectra: Name of a group (of its first layer) to its spectrum.
         whole: Layer to the reason why it is left whole.
         samples: Samples seen.
+        mean_inputs: Layer to the mean of each of its input channels, if asked for, to compensate a cut.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class Analysis:
         example_batch: int,
         parameters: int,
         before: Plan | None,
+        mean_inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.graph, self.spectra, self.whole, self.samples = graph, dict(spectra), dict(whole), samples
         self._batch = example_batch
         self._parameters = parameters
         self._before = before
+        self.mean_inputs = mean_inputs
 
     def recipe(
         self,
@@ -178,7 +183,7 @@ class Analysis:
 
     def _recipe(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], limits: _Limits, method: str) -> Recipe:
         padded = {source for pad in self.graph.pads for source in pad.sources.tolist()}
-        gone = np.zeros(0, dtype=np.int64)
+        gone: Vector = np.zeros(0, dtype=np.int64)
         # A padded block chooses among the channels whose slot in the skip stays, so the skips choose first.
         for name, found in sorted(chosen.items(), key=lambda item: not padded.isdisjoint(item[1].group.classes.tolist())):
             available = torch.from_numpy(~np.isin(found.group.classes, gone))
@@ -255,6 +260,7 @@ def analyze(
     max_samples: int | None = None,
     progress: Progress | None = None,
     skips: Literal["share", "pad"] = "share",
+    compensate: bool = False,
 ) -> Analysis:
     """Find out how many channels each layer of a network needs on some data, changing nothing.
 
@@ -272,6 +278,8 @@ def analyze(
         progress: Wraps the loader in a progress bar, given the number of batches or None.
         skips: ``"share"``: layers tied by a skip connection keep the same channels, chosen on the sum of the branches. ``"pad"``: a
             block with an identity or zero-padded skip is cut on its own, and its output scattered back to the width of the skip.
+        compensate: Also gather the mean input of each layer, so that ``cut(..., mean_inputs=analysis.mean_inputs)`` can fold what the
+            removed channels gave on average into biases.
 
     Returns:
         The analysis.
@@ -307,9 +315,10 @@ def analyze(
         taps = {sum_name(point.tap): point.tap for point in graph.sums if point.tap is not None}
         sizes = {name: len(position) for group in groups for name, position in group.members.items()}
         layers = {name: size for name, size in sizes.items() if name in modules or name in taps}
+        means = {name: StreamingMean(size) for name, size in readers(graph).items() if name in modules} if compensate else {}
         batches = loader if progress is None else progress(loader, _length(loader))
         covariances = gather_covariances(
-            model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples, taps=taps
+            model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples, taps=taps, means=means
         )
     return Analysis(
         graph,
@@ -318,6 +327,7 @@ def analyze(
         example_batch=batch_size(example),
         parameters=count_parameters(model),
         before=plan_of(model),
+        mean_inputs={name: mean.compute() for name, mean in means.items()} if compensate else None,
     )
 
 

@@ -73,6 +73,7 @@ class ChannelGraph:
         unused: Layers with parameters that the traced forward never ran.
         refused: What looks like a layer but is not in ``layers``, to the reason why.
         sums: Where two branches are added.
+        norms: Weight of a layer to the running mean of the batch norm that takes its output directly.
         pads: Modules whose channels are scattered to the slots of a skip. A slot that goes takes its channel along.
     """
 
@@ -86,6 +87,7 @@ class ChannelGraph:
     refused: Mapping[str, str] = field(default_factory=dict)
     sums: tuple[SumPoint, ...] = ()
     pads: tuple[PadPoint, ...] = ()
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self) -> list[ChannelGroup]:
         """Channels that may be cut, sorted into groups that share the same layers."""
@@ -235,7 +237,7 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
     sums = tuple(replace(point, channels=classify(point.channels)) for point in mode.sums)
     pads = tuple(replace(point, sources=classify(point.sources), slots=classify(point.slots)) for point in mode.pads)
     _freeze_slots(pads, frozen)
-    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads)
+    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads, mode.norms)
 
 
 def _freeze_slots(pads: Sequence[PadPoint], frozen: dict[int, str]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,9 +93,13 @@ def padded_for_now(model: nn.Module, pads: Mapping[str, Pad]) -> Iterator[None]:
                 module._buffers["slots"], vars(module)["padded_width"] = slots, width
 
 
-@lru_cache(maxsize=None)
+_PADDED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _padded(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"PaddedBack{kind.__name__}", (PaddedBack, kind), {"__module__": kind.__module__})
+    if kind not in _PADDED:
+        _PADDED[kind] = type(f"PaddedBack{kind.__name__}", (PaddedBack, kind), {"__module__": kind.__module__})
+    return _PADDED[kind]
 
 
 def _anew(kind: type[nn.Module]) -> nn.Module:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
+from lit_compress.compensation import compensate
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.labels import FIXED
 from lit_compress.naming import relocation
@@ -16,11 +17,11 @@ from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.selfcheck import SelfCheck
+from lit_compress.skips import Vector
 from lit_compress.slicing import all_tensors
 
 # How to run the network on inputs as it is used; returns what leaves it.
 ForwardFn: TypeAlias = Callable[[nn.Module, Any], Any]
-_Classes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -36,6 +37,7 @@ def cut(
     forward_fn: ForwardFn = call,
     verify: bool = True,
     graph: ChannelGraph | None = None,
+    mean_inputs: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Remove channels from a network, in place, and from everything inside it that runs along them.
 
@@ -50,6 +52,8 @@ def cut(
         forward_fn: How to run the network on ``example_inputs``, where ``model(*example_inputs)`` is not it.
         verify: Check the cut on ``example_inputs`` and put everything back if it is not exact.
         graph: From :func:`~lit_compress.graph.trace`, if the network was traced already.
+        mean_inputs: From ``analysis.mean_inputs``: the mean of the removed channels is then folded into the biases of the layers that
+            read them. The check is made before that.
 
     Returns:
         What was cut, for :meth:`Plan.apply_to` on optimizers, weight averages and state dicts.
@@ -78,6 +82,8 @@ def cut(
         SelfCheck(model, graph, plan, forward_fn, example_inputs).compare()
     before = plan_of(model)
     composed = plan if before is None else before.then(plan)
+    if mean_inputs is not None:
+        compensate(model, graph, plan, mean_inputs)
     plan.cut_module(model)
     note_plan(model, composed)
     return plan
@@ -115,7 +121,7 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
     return Plan(recipe=complete, keep=keep, shapes={name: graph.shapes[name] for name in keep}, pads=pads)
 
 
-def _pads(graph: ChannelGraph, removed: _Classes) -> dict[str, Pad]:
+def _pads(graph: ChannelGraph, removed: Vector) -> dict[str, Pad]:
     """How the blocks that can be padded back are after the cut; those that keep all that their skip keeps need none."""
     pads = {}
     for point in graph.pads:
@@ -179,7 +185,7 @@ def _placed(graph: ChannelGraph, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> _Classes:
+def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> Vector:
     removed: set[int] = set()
     for name, channels in recipe.keep.items():
         classes = graph.layers[name].classes
@@ -194,7 +200,7 @@ def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> _Classes:
     return np.array(sorted(removed), dtype=np.int64)
 
 
-def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: _Classes) -> None:
+def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: Vector) -> None:
     for name, layer in graph.layers.items():
         gone = np.isin(layer.classes, removed)
         if gone.all():

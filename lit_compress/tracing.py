@@ -107,6 +107,8 @@ class LabelMode(TorchDispatchMode):
         self.refused: dict[str, str] = {}  # path of a module -> why its weight is not a layer's
         self.sums: list[SumPoint] = []  # with atoms in place of classes
         self.pads: list[PadPoint] = []
+        self.norms: dict[str, str] = {}  # weight of a layer -> the running mean of the batch norm right after it
+        self._product: Any = WeakTensorKeyDictionary()  # output of a layer -> its weight
         self._pad_back = frozenset(pad_back)
         self._own: list[tuple[int, int]] = []  # first atom and width of each use of a layer
         self._read: list[Vector] = []  # channels that entered a layer so far
@@ -293,6 +295,8 @@ class LabelMode(TorchDispatchMode):
             self._rule(func)(call)
             if call.name.endswith("_") and call.name != "add_":
                 self._sum_of.pop(call.first, None)  # overwritten in place: no longer the sum
+            if call.name.endswith("_") and call.outputs:
+                self._product.pop(call.first, None)
         return out
 
     def _rule(self, func: Any) -> Callable[[_Call], None]:
@@ -428,6 +432,7 @@ class LabelMode(TorchDispatchMode):
         self.leaving[name] = self.leaving.get(name, False) or not depthwise
         self.made.setdefault(name, leaving)
         self.uses.append(WeightUse(name, out_dim=dimension, in_dim=dict(origin[in_dim])[name], positions=positions))
+        self._product[call.first] = name
         self._labels[call.first] = spread(torch.from_numpy(leaving), call.first.shape, dim)
 
     def _batch_norm(self, call: _Call) -> None:
@@ -445,6 +450,10 @@ class LabelMode(TorchDispatchMode):
                 self.freeze(labels, f"the {key} of {self.where} is computed from other tensors")
             else:
                 self.meet(self._origins[tensor][0], vector.numpy().astype(np.int64), why)
+        origin = self._origins.get(call.bound.get("running_mean"), (frozenset(),))
+        if x in self._product and len(origin[0]) == 1:
+            ((mean, _),) = origin[0]
+            self.norms[self._product[x]] = mean
         if labels is not None:
             self._labels[call.first] = labels
         return None
