@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, to_numpy, varies, vector_along
@@ -205,7 +205,14 @@ class LabelMode(TorchDispatchMode):
             schema = func._schema.arguments
             bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
             bound |= dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
-            self._rule(func)(_Call(func, args, kwargs, bound, tensors, out))
+            call = _Call(func, args, kwargs, bound, tensors, out)
+            if call.outputs and not call.first.numel():
+                why = f"{call.name} in {self.where} gives an empty tensor on the example inputs"
+                self._barrier(call, why)
+                if call.name in ("convolution", "addmm", "mm", "linear"):
+                    self.refused.setdefault(self.path, why)
+            else:
+                self._rule(func)(call)
         return out
 
     def _rule(self, func: Any) -> Callable[[_Call], None]:
@@ -245,8 +252,8 @@ class LabelMode(TorchDispatchMode):
         label = self._label(tensor)
         return fixed(tensor.shape) if label is None else label
 
-    def _barrier(self, call: _Call) -> None:
-        why = f"{call.name} in {self.where} is not known to keep channels apart"
+    def _barrier(self, call: _Call, why: str = "") -> None:
+        why = why or f"{call.name} in {self.where} is not known to keep channels apart"
         for tensor in call.tensors:
             self.freeze(self._label(tensor), why)
             self.pin(tensor, why)
@@ -482,7 +489,7 @@ class LabelMode(TorchDispatchMode):
             return self._barrier(call)  # of parameters
         for part in parts:
             self.pin(part, f"{self.where} concatenates a parameter with activations")
-        parts = [part for part in parts if part.numel() or part.ndim == call.first.ndim]
+        parts = [part for part in parts if part.shape != (0,) or call.first.ndim == 1]  # `cat` passes over these
         labels = [self._label_or_fixed(part) for part in parts]
         if call.name == "stack":
             labels = [label.unsqueeze(dim) for label in labels]
@@ -565,8 +572,9 @@ class LabelMode(TorchDispatchMode):
             result: Any = labels
         else:
             kwargs = {key: value for key, value in call.kwargs.items() if key not in ("dtype", "device", "memory_format")}
-            # `detach` gives an alias of its own, which an operation in place may reshape.
-            result = call.func(labels.detach(), *call.args[1:], **kwargs)
+            # Labels lie on the CPU. `detach` gives an alias of its own, which an operation in place may reshape.
+            args = tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, call.args[1:])
+            result = call.func(labels.detach(), *args, **kwargs)
         for tensor, label in zip(call.outputs, tree_leaves(result), strict=True):
             self._labels[tensor] = label
         return None
