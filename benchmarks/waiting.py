@@ -51,14 +51,11 @@ def measure(quick: bool, rounds: int | None) -> Section:
     for caption, (net, images, steps) in subjects.items():
         with threads(1), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning's advice on workers, loggers and validation
-            compared = _compared(net, images, steps, rounds or (2 if quick else 25))
+            compared = _compared(net, images, steps, rounds or (2 if quick else 20))
         tables[f"A training step of {caption}"] = compared.table()
-        low, high = compared.spread()
         for name in (EPOCH, CONVERGED):
-            inside = "within" if compared.within_spread(name) else "OUTSIDE"
-            ratio = ratio_text(compared[name].ratio(compared.baseline))
             verdicts.append(
-                f"{caption}: `{name}` {ratio}×, {inside} the spread of the same step measured twice ({low:.3f}–{high:.3f})"
+                f"{caption}: `{name}` {_beside_spread(compared, name)}; of the CPU {_beside_spread(compared, name, cpu=True)}"
             )
     return Section(
         question="What does a PFAPruning that waits cost a training step?",
@@ -67,6 +64,13 @@ def measure(quick: bool, rounds: int | None) -> Section:
         verdicts=verdicts,
         settings={"threads": 1, "epochs a fit": 4},
     )
+
+
+def _beside_spread(compared: Comparison, name: str, *, cpu: bool = False) -> str:
+    low, high = compared.spread(cpu=cpu)
+    inside = "within" if compared.within_spread(name, cpu=cpu) else "OUTSIDE"
+    ratio = ratio_text(compared[name].ratio(compared.baseline, cpu=cpu))
+    return f"{ratio}×, {inside} the {low:.2f}–{high:.2f} of the same measured twice"
 
 
 def _compared(net: nn.Module, images: Tensor, steps: int, rounds: int) -> Comparison:

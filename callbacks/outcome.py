@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lit_compress.analysis import Analysis
@@ -113,15 +114,15 @@ class CutReport:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         console = Console()
         console.print(self._table(first, final))
-        console.print(f"Recipe, tables and pictures: {folder}")
+        console.print(f"Recipe, tables and pictures: {escape(str(folder))}")
 
     def _table(self, first: Measurement, final: Mapping[str, float]) -> Table:
-        table = Table(title=f"{self.recipe.method}, before epoch {self.epoch}")
+        table = Table(title=escape(f"{self.recipe.method}, before epoch {self.epoch}"))
         for column in ("", "before", "after the cut", "fine-tuned", "kept"):
             table.add_column(column, justify="left" if column == "" else "right")
         for name, value in first.metrics.items():
             after, tuned = self.after.metrics.get(name), final.get(name)
-            table.add_row(name, *("" if number is None else f"{number:.4f}" for number in (value, after, tuned)), "")
+            table.add_row(escape(name), *("" if number is None else f"{number:.4f}" for number in (value, after, tuned)), "")
         for name, old, new in (
             ("parameters", first.parameters, self.after.parameters),
             ("mult-adds", first.mult_adds, self.after.mult_adds),

@@ -60,4 +60,12 @@ class PFAPruning(PruningCallback):
         for name in ("keep_params", "keep_mult_adds"):
             if name in target:
                 target[name] **= (len(self.schedule.cuts) + 1) / self.schedule.max_cuts
-        return analysis.recipe(**target, min_width=self.min_width, include=self.include, exclude=self.exclude)
+        return analysis.recipe(
+            energy=target.get("energy"),
+            keep_params=target.get("keep_params"),
+            keep_mult_adds=target.get("keep_mult_adds"),
+            min_width=self.min_width,
+            round_to=self.round_to,
+            include=self.include,
+            exclude=self.exclude,
+        )

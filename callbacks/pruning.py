@@ -8,12 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -42,6 +46,9 @@ class PruningCallback(Callback, ABC):
     schedules go on. A checkpoint says what was cut, so that ``fit(ckpt_path=...)`` rebuilds the network before it loads the
     weights, also for a module that knows nothing of this package; the run then goes on exactly as if it had not stopped.
 
+    Copies that weight-averaging callbacks keep are cut alike. What ``ModelCheckpoint`` and ``EarlyStopping`` hold for the best
+    starts anew at a cut, since an uncut network cannot be the best cut one; files that were written stay.
+
     In a ``fast_dev_run`` the cut is made before its only epoch, whatever the trigger, and nothing is logged.
 
     Args:
@@ -56,6 +63,10 @@ class PruningCallback(Callback, ABC):
         include: Patterns over module names, as ``"net.layer1.*"``: the layers that may be cut.
         exclude: Patterns of layers to leave whole.
         min_width: Channels that each layer keeps at least.
+        round_to: Round each width up to a multiple of this, which some hardware is faster with. A target is met all the same.
+        skips: ``"share"``: layers tied by a skip connection keep the same channels. ``"pad"``: a block with an identity or
+            zero-padded skip is cut on its own, and its output scattered back to the width of the skip.
+        compensate: Fold what the removed channels give on average into the biases of the layers that read them.
         loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
             module or the datamodule if there is one, otherwise the training data.
         max_samples: Use this many samples of it, drawn at random with a fixed seed. None for all.
@@ -82,6 +93,9 @@ class PruningCallback(Callback, ABC):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         min_width: int = 1,
+        round_to: int = 1,
+        skips: Literal["share", "pad"] = "share",
+        compensate: bool = False,
         loader: Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None = None,
         max_samples: int | None = None,
         evaluate: bool = True,
@@ -98,6 +112,10 @@ class PruningCallback(Callback, ABC):
         )
         if min_width < 1:
             raise MisconfigurationException(f"Argument `min_width` must be at least 1 but got {min_width}.")
+        if round_to < 1:
+            raise MisconfigurationException(f"Argument `round_to` must be at least 1 but got {round_to}.")
+        if skips not in ("share", "pad"):
+            raise MisconfigurationException(f"Argument `skips` must be 'share' or 'pad' but got {skips!r}.")
         if max_samples is not None and max_samples < 2:
             raise MisconfigurationException(f"Argument `max_samples` must be at least 2 or None but got {max_samples}.")
         if isinstance(loader, str) and loader not in ("train", "val"):
@@ -109,10 +127,11 @@ class PruningCallback(Callback, ABC):
         if isinstance(include, str) or isinstance(exclude, str):
             raise MisconfigurationException("Arguments `include` and `exclude` are lists of patterns, not one string.")
         self.include, self.exclude, self.min_width = tuple(include), tuple(exclude), min_width
+        self.round_to, self.skips, self.compensate = round_to, skips, compensate
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
         self.reports: list[CutReport] = []
         self._resumed_rng: dict[str, Any] | None = None
-        self._validated = False  # in this epoch
+        self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
 
     @abstractmethod
     def choose(self, analysis: Analysis) -> Recipe:
@@ -135,6 +154,7 @@ class PruningCallback(Callback, ABC):
         _keep_plan_in_checkpoints(pl_module)
         if stage != "fit":
             return
+        self._resumed_rng = self._validated = None
         if trainer.global_step == 0:  # what is resumed brings its own state later
             self.schedule.reset()
             self.reports = []
@@ -156,22 +176,33 @@ class PruningCallback(Callback, ABC):
             )
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed_rng is not None and trainer.fit_loop.restarted_mid_epoch:  # the rest of that epoch comes first
+            rng.restore(self._resumed_rng)
+            self._resumed_rng = None
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed_rng is not None:
             _resume_rng(trainer, self._resumed_rng)
             self._resumed_rng = None
-        self._validated = False
+        if self._validated is not None:  # resumed from between a validation and the end of its epoch
+            self.schedule.watch(self._validated)
+            self._validated = None
         if self.schedule.due(trainer.current_epoch) or (is_dev_run(trainer) and not self.schedule.cuts):
             self.cut_now(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = not trainer.sanity_checking
+        if not trainer.sanity_checking:
+            name = self.schedule.monitor
+            self._validated = {name: float(trainer.callback_metrics[name])} if name in trainer.callback_metrics else {}
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._validated or not trainer.enable_validation:
-            self.schedule.watch(trainer.callback_metrics)
+        if self._validated is not None or not trainer.enable_validation:
+            self.schedule.watch({**(self._validated or {}), **trainer.callback_metrics})
+        self._validated = None
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,6 +220,7 @@ class PruningCallback(Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         return {
             "schedule": self.schedule.state_dict(),
+            "validated": self._validated,
             "rng": rng.collect(),
             "reports": [report.to_dict() for report in self.reports],
         }
@@ -196,6 +228,7 @@ class PruningCallback(Callback, ABC):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.load_state_dict(state_dict["schedule"])
+        self._validated = state_dict["validated"]
         self._resumed_rng = state_dict["rng"]
         self.reports = [CutReport.from_dict(report) for report in state_dict["reports"]]
 
@@ -222,17 +255,25 @@ class PruningCallback(Callback, ABC):
                 forward_fn=silent_step,
                 max_samples=self.max_samples,
                 progress=progress_of(trainer),
+                skips=self.skips,
+                compensate=self.compensate,
             )
             recipe = self.choose(analysis)
             # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
             plan = plan_for(pl_module, analysis.graph, recipe)
             followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
             before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
-            with _all_or_nothing(pl_module, trainer.optimizers):
+            averages = _averages(trainer)
+            with _all_or_nothing([pl_module, *averages], trainer.optimizers):
                 trains = self.verify and training_error(trainer, pl_module, batch) is None
-                cut(pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph)
+                cut(
+                    pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph,
+                    mean_inputs=analysis.mean_inputs,
+                )  # fmt: skip
                 for follow in followers:
                     follow()
+                for average in averages:
+                    plan.apply_to(average)
                 if trains and (error := training_error(trainer, pl_module, batch)) is not None:
                     _refuse_training(pl_module, analysis, error)
                 after = self._measure(trainer, pl_module, batch, analysis.mult_adds(recipe))
@@ -249,7 +290,9 @@ class PruningCallback(Callback, ABC):
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
         with rng.isolated():
             report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
-        if not plan.keep:
+        if plan.keep:
+            _forget_bests(trainer)
+        else:
             rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, mult_adds: int) -> Measurement:
@@ -264,13 +307,33 @@ class PruningCallback(Callback, ABC):
         )
 
 
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """Copies of the module that other callbacks keep to average its weights over time."""
+    kept = [vars(callback).get("_average_model") for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None]
+
+
+def _forget_bests(trainer: Trainer) -> None:
+    """Let the callbacks that look for the best network begin again."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models, callback.kth_best_model_path = {}, ""
+            callback.best_model_path, callback.best_model_score = "", None
+            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        elif isinstance(callback, EarlyStopping):
+            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            callback.wait_count = 0
+
+
 @contextmanager
-def _all_or_nothing(pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """If anything fails inside, network and optimizers are put back to what they were. No tensor is copied for it."""
-    tensors = [(tensor, tensor.data, tensor.grad) for tensor in dict.fromkeys(all_tensors(pl_module).values())]
+def _all_or_nothing(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """If anything fails inside, networks and optimizers are put back to what they were. No tensor is copied for it."""
+    found = {tensor: None for network in networks for tensor in all_tensors(network).values()}
+    tensors = [(tensor, tensor.data, tensor.grad) for tensor in found]
     modules = [
         (module, type(module), dict(vars(module)), dict(module._parameters), dict(module._buffers))
-        for module in pl_module.modules()
+        for network in networks
+        for module in network.modules()
     ]
     states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
     try:
@@ -322,7 +385,8 @@ def _keep_plan_in_checkpoints(pl_module: LightningModule) -> None:
 # Named as on the module: a bound method is pickled by its name.
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Cut the module to the sizes of the checkpoint, before its weights load."""
-    rebuild(self, checkpoint)
+    for network in [self, *(() if self._trainer is None else _averages(self._trainer))]:
+        rebuild(network, checkpoint)
     own = vars(self).get("_lit_compress_on_load_checkpoint")
     type(self).on_load_checkpoint(self, checkpoint) if own is None else own(checkpoint)
 

@@ -12,9 +12,9 @@ if not (_FOLDER / "callbacks" / "__init__.py").exists():
 if TYPE_CHECKING:
     from lit_compress.analysis import Analysis, analyze
     from lit_compress.checkpoint import load_pruned
+    from lit_compress.plan import Plan
     from lit_compress.recipe import Recipe
     from lit_compress.report import count_mult_adds, count_parameters
-    from lit_compress.plan import Plan
     from lit_compress.surgery import cut
 
 __version__ = "0.1.0"

@@ -196,7 +196,9 @@ class Analysis:
             if layer.own and not left.all():
                 keep[name] = tuple(np.flatnonzero(left).tolist())
         original = {name: len(layer.classes) for name, layer in self.graph.layers.items()}
-        recipe = Recipe(keep=keep, method=method, original=original, padded={pad.module: len(pad.slots) for pad in self.graph.pads})
+        recipe = Recipe(
+            keep=keep, method=method, original=original, padded={pad.module: len(pad.slots) for pad in self.graph.pads}
+        )
         return replace(recipe, padded=make_plan(self.graph, recipe).recipe.padded)
 
     def _with_a_slot_each(self, found: GroupSpectrum, stays: Vector) -> Vector:
@@ -276,10 +278,11 @@ def analyze(
             otherwise the first ones up to the end of a batch. None for all. Each layer needs at least as many samples as it has
             channels, or it is left whole.
         progress: Wraps the loader in a progress bar, given the number of batches or None.
-        skips: ``"share"``: layers tied by a skip connection keep the same channels, chosen on the sum of the branches. ``"pad"``: a
-            block with an identity or zero-padded skip is cut on its own, and its output scattered back to the width of the skip.
-        compensate: Also gather the mean input of each layer, so that ``cut(..., mean_inputs=analysis.mean_inputs)`` can fold what the
-            removed channels gave on average into biases.
+        skips: ``"share"``: layers tied by a skip connection keep the same channels, chosen on the sum of the branches.
+            ``"pad"``: a block with an identity or zero-padded skip is cut on its own, and its output scattered back to the
+            width of the skip.
+        compensate: Also gather the mean input of each layer, so that ``cut(..., mean_inputs=analysis.mean_inputs)`` can
+            fold what the removed channels gave on average into biases.
 
     Returns:
         The analysis.
@@ -292,7 +295,7 @@ def analyze(
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> analysis = analyze(net, [torch.randn(32, 4)])
         >>> analysis.recipe(energy=0.9).widths
-        {'0': 4}
+        {'0': 3}
     """
     if method != "pfa":
         raise ValueError(f"Argument `method` must be 'pfa' but got {method!r}.")
@@ -318,7 +321,13 @@ def analyze(
         means = {name: StreamingMean(size) for name, size in readers(graph).items() if name in modules} if compensate else {}
         batches = loader if progress is None else progress(loader, _length(loader))
         covariances = gather_covariances(
-            model, batches, layers, lambda batch: run_batch(model, to_device(batch, device)), max_samples=max_samples, taps=taps, means=means
+            model,
+            batches,
+            layers,
+            lambda batch: run_batch(model, to_device(batch, device)),
+            max_samples=max_samples,
+            taps=taps,
+            means=means,
         )
     return Analysis(
         graph,

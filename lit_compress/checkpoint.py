@@ -188,7 +188,11 @@ def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: R
             raise ValueError(
                 f"The recipe keeps {len(channels)} channels of layer {layer!r}, whose weight has shape {tuple(weight.shape)}."
             )
-    pads = {path: Pad(width, tuple(weights[f"{path}.slots"].tolist())) for path, width in recipe.padded.items() if f"{path}.slots" in weights}
+    pads = {
+        path: Pad(width, tuple(weights[f"{path}.slots"].tolist()))
+        for path, width in recipe.padded.items()
+        if f"{path}.slots" in weights
+    }
     return Plan(pads=pads, recipe=recipe, keep=keep, shapes={name: tuple(tensors[name].shape) for name in keep})
 
 

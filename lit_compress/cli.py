@@ -30,8 +30,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments without the program's name; ``sys.argv`` if None.
 
     Raises:
-        SystemExit: With status 0 after ``--help``, 2 if the arguments are wrong, and 1 with one line on the standard error if the run
-            fails over something that the user can change. Set ``LIT_COMPRESS_TRACEBACK=1`` to see where.
+        SystemExit: With status 0 after ``--help``, 2 if the arguments are wrong, and 1 with one line on the standard error if
+            the run fails over something that the user can change. Set ``LIT_COMPRESS_TRACEBACK=1`` to see where.
     """
     from_shell = args is None
     args = list(sys.argv[1:] if args is None else args)
@@ -44,7 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     if args[0] not in (*_LIGHTNING_VERBS, "analyze"):
-        print(f"lit-compress: unknown verb {args[0]!r}; it is one of {', '.join((*_LIGHTNING_VERBS, 'analyze'))}", file=sys.stderr)
+        print(
+            f"lit-compress: unknown verb {args[0]!r}; it is one of {', '.join((*_LIGHTNING_VERBS, 'analyze'))}", file=sys.stderr
+        )
         raise SystemExit(2)
     # Only now: importing torch takes seconds, and --help should not.
     from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -80,7 +82,7 @@ def _lightning_cli(args: Sequence[str] | None, *, run: bool = True) -> Any:
 def _analyze(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lit-compress analyze",
-        description="Print what a cut would do to each layer, and write recipe.json, layers.txt and two pictures. Nothing is changed.",
+        description="Print what a cut would do to each layer; write recipe.json, layers.txt and pictures. Nothing is changed.",
         epilog="Options of the config can be overridden as for fit: --data.batch_size 32.",
     )
     parser.add_argument("--config", required=True, help="YAML file with trainer, model and data, as for fit")
@@ -125,6 +127,8 @@ def _analyze(args: Sequence[str]) -> None:
     (options.out / "layers.txt").write_text(f"{table}\n", encoding="utf-8")
     widths = {name: len(layer.classes) for name, layer in analysis.graph.layers.items()}
     kept = {name: recipe.widths.get(name, widths[name]) for name in analysis.spectra}
-    plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, kept).savefig(options.out / "spectra.png", dpi=120)
+    plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, kept).savefig(
+        options.out / "spectra.png", dpi=120
+    )
     plot_widths(widths, recipe.widths).savefig(options.out / "widths.png", dpi=120)
     print(f"Written to {options.out}: recipe.json, layers.txt, spectra.png, widths.png")

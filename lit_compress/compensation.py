@@ -1,7 +1,7 @@
 """Keep what removed channels gave on average: their mean is folded into the biases of the layers that read them.
 
-Exact for a channel that is constant, but for the borders of a zero-padded convolution: there the channel met padding, and the bias
-does not know.
+Exact for a channel that is constant, but for the borders of a zero-padded convolution: there the channel met padding, and the
+bias does not know.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def compensate(model: nn.Module, graph: ChannelGraph, plan: Plan, mean_inputs: M
         if kept is None or name not in mean_inputs:
             continue
         removed: Vector = np.delete(np.arange(graph.shapes[weight][1]), kept)
-        kernel = tensors[weight].detach().double().flatten(2).sum(2) if tensors[weight].ndim > 2 else tensors[weight].detach().double()
+        kernel = (
+            tensors[weight].detach().double().flatten(2).sum(2) if tensors[weight].ndim > 2 else tensors[weight].detach().double()
+        )
         given = kernel[:, removed] @ mean_inputs[name].to(kernel)[removed]
         bias = tensors.get(f"{weight.removesuffix('weight')}bias")
         norm = tensors.get(graph.norms.get(weight, ""))

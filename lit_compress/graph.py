@@ -136,8 +136,8 @@ def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Lit
     Args:
         model: The network. Names in the result are relative to it. It runs in evaluation mode and is left as it was.
         forward: Runs ``model`` as it is used, on real inputs, and returns what leaves the network. A batch of one is enough.
-        pad_back: Paths of modules at the end of a residual block whose output is to be scattered back to the width of the skip, so
-            that the block is cut on its own; ``"identity"`` finds them all where the skip is an identity or zero-padded.
+        pad_back: Paths of modules at the end of a residual block whose output is to be scattered back to the width of the skip,
+            so that the block is cut on its own; ``"identity"`` finds them all where the skip is an identity or zero-padded.
 
     Returns:
         The graph. What an unknown operation touches is frozen in it, never guessed.
@@ -237,7 +237,9 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
     sums = tuple(replace(point, channels=classify(point.channels)) for point in mode.sums)
     pads = tuple(replace(point, sources=classify(point.sources), slots=classify(point.slots)) for point in mode.pads)
     _freeze_slots(pads, frozen)
-    return ChannelGraph(layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads, mode.norms)
+    return ChannelGraph(
+        layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads, mode.norms
+    )
 
 
 def _freeze_slots(pads: Sequence[PadPoint], frozen: dict[int, str]) -> None:

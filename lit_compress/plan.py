@@ -54,10 +54,15 @@ class Plan:
         return tuple(len(dims[dim]) if dim in dims else size for dim, size in enumerate(shape))
 
     def then(self, following: Plan) -> Plan:
-        """One plan for two cuts in a row, relative to the network before the first."""
+        """One plan for two cuts in a row, relative to the network before the first.
+
+        Raises:
+            ValueError: If the second cut is not one of the network that the first leaves.
+        """
         keep = {name: dict(dims) for name, dims in self.keep.items()}
         shapes = dict(self.shapes)
         for name, dims in following.keep.items():
+            self._refuse_other(name, self.shape_after(name, following.shapes[name]), following.shapes[name])
             shapes.setdefault(name, following.shapes[name])
             mine = keep.setdefault(name, {})
             for dim, indices in dims.items():
@@ -94,11 +99,7 @@ class Plan:
         dims = self.keep.get(name)
         if not dims:
             return tensor
-        if tuple(tensor.shape) != self.shapes[name]:
-            raise ValueError(
-                f"Tensor {name!r} should have shape {self.shapes[name]} before the cut but has {tuple(tensor.shape)}; "
-                "it was cut already, or belongs to another network."
-            )
+        self._refuse_other(name, tuple(tensor.shape), self.shapes[name])
         taken = tensor.detach()
         for dim, indices in dims.items():
             taken = taken.index_select(dim, torch.tensor(indices, device=tensor.device))
@@ -107,12 +108,21 @@ class Plan:
             taken = taken.contiguous(memory_format=channels_last)
         return taken
 
+    @staticmethod
+    def _refuse_other(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise ValueError(
+                f"Tensor {name!r} should have shape {expected} before the cut but has {found}; "
+                "it was cut already, or belongs to another network."
+            )
+
     def apply_to(self, target: Optimizer | nn.Module | MutableMapping[str, Tensor]) -> None:
         """Cut, in place, something that goes with the network: it follows the cut and stays the object it was.
 
         Args:
             target: An optimizer over the network's parameters (its state is sliced; groups and options stay), a copy of the
-                network (an average of its weights, say, however wrapped), or a state dict of it.
+                network (an average of its weights, say, however wrapped), or a state dict of it. What was cut out of a copy,
+                :func:`plan_of` knows.
 
         Raises:
             ValueError: If ``target`` does not fit the plan. It is then unchanged.

@@ -27,8 +27,8 @@ class Recipe:
         method: What chose them, written so that a reader can redo it, e.g. ``"pfa(energy=0.95)"``.
         original: Output channels of every layer of the network that the recipe was made on. It is the recipe's
             fingerprint: a network that differs is refused. Empty for a recipe written by hand.
-        padded: Module at the end of a residual block to the channels of the skip that its own are scattered to, after the cut. Such
-            a block is cut on its own. Its skip must be an identity, or zero-padded.
+        padded: Module at the end of a residual block to the channels of the skip that its own are scattered to, after the cut.
+            Such a block is cut on its own. Its skip must be an identity, or zero-padded.
 
     Raises:
         ValueError: If a layer keeps nothing, its indices are not ascending and distinct, or one lies outside the layer.
@@ -119,9 +119,7 @@ class Recipe:
         def rename(names: Mapping[str, Any]) -> dict[str, Any]:
             return {add + name.removeprefix(drop): value for name, value in names.items() if name.startswith(drop)}
 
-        return Recipe(
-            keep=rename(self.keep), method=self.method, original=rename(self.original), padded=rename(self.padded)
-        )
+        return Recipe(keep=rename(self.keep), method=self.method, original=rename(self.original), padded=rename(self.padded))
 
     def to_dict(self) -> dict[str, Any]:
         """Builtin types only, so that JSON and ``torch.load(weights_only=True)`` take it."""

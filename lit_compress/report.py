@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,13 +132,16 @@ class LayerTable:
 
     def renderable(self) -> Table:
         """The table for a rich console."""
-        table = Table(title=self.method)
+        table = Table(title=escape(self.method))
         for column in ("layer", "channels", "kept", "weights", "kept", "note"):
             table.add_column(column, justify="left" if column in ("layer", "note") else "right")
         for row in self.rows:
-            table.add_row(row.name, str(row.channels), str(row.kept), f"{row.parameters:,}", f"{row.parameters_kept:,}", row.note)
+            numbers = (str(row.channels), str(row.kept), f"{row.parameters:,}", f"{row.parameters_kept:,}")
+            table.add_row(escape(row.name), *numbers, escape(row.note))
         for name, (before, after) in self.sizes.items():
-            table.add_row(f"[bold]{name}[/bold]", "", "", f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%} kept")
+            table.add_row(
+                f"[bold]{escape(name)}[/bold]", "", "", f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%} kept"
+            )
         return table
 
     def __str__(self) -> str:

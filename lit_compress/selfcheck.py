@@ -83,8 +83,8 @@ class SelfCheck:
                 worst = max(worst, self._error(name, remaining, actual, tolerance, advice))
         return worst
 
-    def _error(self, name: str, expected: Tensor, actual: Tensor, tolerance: float, advice: str) -> float:
-        place = f"layer {name!r}" if name else "the output of the network"
+    def _error(self, name: str | None, expected: Tensor, actual: Tensor, tolerance: float, advice: str) -> float:
+        place = "the output of the network" if name is None else f"layer {name!r}"
         if expected.shape != actual.shape:
             raise ValueError(
                 f"The cut is not exact: {place} gives shape {tuple(actual.shape)} instead of {tuple(expected.shape)}. {advice}"
@@ -103,10 +103,10 @@ class SelfCheck:
             raise ValueError(f"The cut is not exact: {place} differs by {error:.1e} of its largest value. {advice}")
         return error
 
-    def _remaining(self, name: str, expected: Tensor) -> Tensor | None:
+    def _remaining(self, name: str | None, expected: Tensor) -> Tensor | None:
         """The channels of a layer's output that the cut keeps; None where a module gives something else than its weight makes."""
-        kept = self._plan.recipe.keep.get(name)
-        if kept is None:
+        kept = None if name is None else self._plan.recipe.keep.get(name)
+        if name is None or kept is None:
             return expected
         weight_dims = len(self._graph.shapes[self._graph.layers[name].weight])
         # A convolution's channels come before its spatial dimensions; a linear layer's are last.
@@ -115,9 +115,9 @@ class SelfCheck:
             return None
         return expected.index_select(dim, torch.tensor(kept, device=expected.device))
 
-    def _run(self, *, silenced: bool) -> list[tuple[str, Tensor]]:
-        """Layer name and output in the order of the forward, the network's own outputs last, under an empty name."""
-        self._seen: list[tuple[str, Tensor]] = []
+    def _run(self, *, silenced: bool) -> list[tuple[str | None, Tensor]]:
+        """Layer name and output in the order of the forward, the network's own outputs last, without a name."""
+        self._seen: list[tuple[str | None, Tensor]] = []
         with ExitStack() as stack:
             stack.enter_context(rng.isolated())
             stack.enter_context(evaluating(self._model))
@@ -132,7 +132,7 @@ class SelfCheck:
             torch.manual_seed(0)
             inputs = tree_map(self._precise, self._inputs) if self._double else self._inputs
             outputs = self._forward_fn(self._model, inputs)
-            self._seen += [("", tensor.detach().clone()) for tensor in tensors_in(outputs)]
+            self._seen += [(None, tensor.detach().clone()) for tensor in tensors_in(outputs)]
         return self._seen
 
     def _precise(self, value: Any) -> Any:
@@ -191,7 +191,8 @@ class SelfCheck:
 
             return hook
 
-        handles = [modules[name].register_forward_hook(listen(name)) for name in self._graph.layers if name in modules]
+        layers = [name for name in self._graph.layers if name and name in modules]  # the network itself is compared as output
+        handles = [modules[name].register_forward_hook(listen(name)) for name in layers]
         try:
             yield
         finally:

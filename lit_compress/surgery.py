@@ -52,8 +52,8 @@ def cut(
         forward_fn: How to run the network on ``example_inputs``, where ``model(*example_inputs)`` is not it.
         verify: Check the cut on ``example_inputs`` and put everything back if it is not exact.
         graph: From :func:`~lit_compress.graph.trace`, if the network was traced already.
-        mean_inputs: From ``analysis.mean_inputs``: the mean of the removed channels is then folded into the biases of the layers that
-            read them. The check is made before that.
+        mean_inputs: From ``analysis.mean_inputs``: the mean of the removed channels is then folded into the biases of the
+            layers that read them. The check is made before that.
 
     Returns:
         What was cut, for :meth:`Plan.apply_to` on optimizers, weight averages and state dicts.

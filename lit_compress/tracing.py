@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, to_numpy, varies, vector_along
@@ -264,7 +264,11 @@ class LabelMode(TorchDispatchMode):
                 if vector is None:
                     return []
                 atoms = vector.numpy()
-                own = (int(atoms[0]), len(atoms)) in self._own and bool((np.diff(atoms) == 1).all()) and not np.isin(atoms, busy).any()
+                own = (
+                    (int(atoms[0]), len(atoms)) in self._own
+                    and bool((np.diff(atoms) == 1).all())
+                    and not np.isin(atoms, busy).any()
+                )
                 end = self._ends.get(tensor)
                 found.append((own, end if end is not None and self._calls[end] == 1 else None))
         return found
@@ -292,11 +296,18 @@ class LabelMode(TorchDispatchMode):
             bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
             bound |= dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
             call = _Call(func, args, kwargs, bound, tensors, out)
-            self._rule(func)(call)
-            if call.name.endswith("_") and call.name != "add_":
-                self._sum_of.pop(call.first, None)  # overwritten in place: no longer the sum
+            if call.outputs and not call.first.numel():
+                why = f"{call.name} in {self.where} gives an empty tensor on the example inputs"
+                self._barrier(call, why)
+                if call.name in ("convolution", "addmm", "mm", "linear"):
+                    self.refused.setdefault(self.path, why)
+            else:
+                self._rule(func)(call)
             if call.name.endswith("_") and call.outputs:
+                # Overwritten in place: no longer a layer's own output, and no longer a sum but where the sum was made.
                 self._product.pop(call.first, None)
+                if call.name != "add_":
+                    self._sum_of.pop(call.first, None)
         return out
 
     def _rule(self, func: Any) -> Callable[[_Call], None]:
@@ -338,8 +349,8 @@ class LabelMode(TorchDispatchMode):
         label = self._label(tensor)
         return fixed(tensor.shape) if label is None else label
 
-    def _barrier(self, call: _Call) -> None:
-        why = f"{call.name} in {self.where} is not known to keep channels apart"
+    def _barrier(self, call: _Call, why: str = "") -> None:
+        why = why or f"{call.name} in {self.where} is not known to keep channels apart"
         for tensor in call.tensors:
             self.freeze(self._label(tensor), why)
             self.pin(tensor, why)
@@ -450,10 +461,9 @@ class LabelMode(TorchDispatchMode):
                 self.freeze(labels, f"the {key} of {self.where} is computed from other tensors")
             else:
                 self.meet(self._origins[tensor][0], vector.numpy().astype(np.int64), why)
-        origin = self._origins.get(call.bound.get("running_mean"), (frozenset(),))
-        if x in self._product and len(origin[0]) == 1:
-            ((mean, _),) = origin[0]
-            self.norms[self._product[x]] = mean
+        mean = call.bound.get("running_mean")
+        if x in self._product and mean is not None and mean in self._origins and len(self._origins[mean][0]) == 1:
+            ((self.norms[self._product[x]], _),) = self._origins[mean][0]
         if labels is not None:
             self._labels[call.first] = labels
         return None
@@ -585,7 +595,7 @@ class LabelMode(TorchDispatchMode):
             return self._barrier(call)  # of parameters
         for part in parts:
             self.pin(part, f"{self.where} concatenates a parameter with activations")
-        parts = [part for part in parts if part.numel() or part.ndim == call.first.ndim]
+        parts = [part for part in parts if part.shape != (0,) or call.first.ndim == 1]  # `cat` passes over these
         labels = [self._label_or_fixed(part) for part in parts]
         if call.name == "stack":
             labels = [label.unsqueeze(dim) for label in labels]
@@ -668,8 +678,9 @@ class LabelMode(TorchDispatchMode):
             result: Any = labels
         else:
             kwargs = {key: value for key, value in call.kwargs.items() if key not in ("dtype", "device", "memory_format")}
-            # `detach` gives an alias of its own, which an operation in place may reshape.
-            result = call.func(labels.detach(), *call.args[1:], **kwargs)
+            # Labels lie on the CPU. `detach` gives an alias of its own, which an operation in place may reshape.
+            args = tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, call.args[1:])
+            result = call.func(labels.detach(), *args, **kwargs)
         for tensor, label in zip(call.outputs, tree_leaves(result), strict=True):
             self._labels[tensor] = label
         return None

@@ -443,6 +443,16 @@ CASES = {
         free=("a",),
         shape=(2, 3),
     ),
+    "nothing selected": Case(
+        lambda: Net(
+            lambda m, x: (m.end(y := m.a(x)), torch.stack(m.b(y[x.amax((1, 2, 3)) > 1e9]).unbind(1), 1)),
+            a=conv(3, 4),
+            b=conv(4, 5),
+            end=end(4),
+        ),
+        whole={"a": "gives an empty tensor on the example inputs", "b": "convolution in 'b' gives an empty tensor"},
+        zeroing=False,
+    ),
     "one dimension": Case(
         lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.MaxPool1d(2), nn.Conv1d(4, 5, 1), nn.AvgPool1d(2), nn.Conv1d(5, 2, 1)),
         free=("0", "2"),
@@ -612,6 +622,22 @@ def test_the_output_stays_also_where_the_caller_drops_it():
 
     with pytest.raises(ValueError, match=f"Channel 0 of layer '2' cannot be removed: {OUTPUT}"):
         cut(model, Recipe(keep={"2": (1,)}), torch.zeros(IMAGES), forward_fn=loss_only)
+
+
+def test_a_weight_of_the_network_itself_is_a_layer_without_a_name():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.end = nn.Parameter(torch.randn(2, 3)), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.end(torch.tanh(F.linear(x, self.weight))) / max(len(self.weight), 1)
+
+    model, x = Bare(), torch.rand(2, 3)
+    assert list(trace(model, lambda: model(x)).layers) == ["", "end"]
+    # Its two channels are not taken for the two outputs, which the size of the weight changes here.
+    with pytest.raises(ValueError, match="not exact: the output of the network differs"):
+        cut(model, Recipe(keep={"": (1,)}), x)
 
 
 def test_reasons_name_the_right_module_after_one_that_failed_and_was_caught():

@@ -7,8 +7,19 @@ import random
 import pytest
 import torch
 import torchvision
-from networks import RandomNetwork, clone, conv, places, random_recipe, randomized, reading_layers, relative_error, removed_by
-from networks import silenced, zeroed
+from networks import (
+    RandomNetwork,
+    clone,
+    conv,
+    places,
+    random_recipe,
+    randomized,
+    reading_layers,
+    relative_error,
+    removed_by,
+    silenced,
+    zeroed,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -16,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_compress import Recipe, cut
 from lit_compress.graph import trace
-from lit_compress.models import LeNet5, LeNet300100, ResNetCIFAR, SimpleCNN, VGGCIFAR
+from lit_compress.models import VGGCIFAR, LeNet5, LeNet300100, ResNetCIFAR, SimpleCNN
 from lit_compress.plan import plan_of
 from lit_compress.surgery import make_plan
 
@@ -171,14 +182,14 @@ def any_layers(model, seed):
     return Recipe(keep=keep)
 
 
-def outcome(seed, knowing, verify=True):
+def outcome(seed, knowing):
     """Whether a random recipe on a random network was cut exactly, or refused with the network unharmed."""
     model = RandomNetwork(seed).double()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     recipe = random_recipe(trace(model, lambda: model(x)).groups(), seed) if knowing else any_layers(model, seed)
     uncut = copy.deepcopy(model)
     try:
-        plan = cut(model, recipe, x, verify=verify)
+        plan = cut(model, recipe, x)
     except ValueError:
         assert all(torch.equal(a, b) for a, b in zip(uncut.parameters(), model.parameters(), strict=True))
         return "refused"
@@ -291,23 +302,23 @@ def test_gradients_are_cut_with_their_parameters():
 def test_hooks_fire_as_before():
     model = small()
     fired = []
-    model.stem.register_forward_hook(lambda *_: fired.append("forward"))
-    model.stem.register_full_backward_hook(lambda *_: fired.append("backward"))
-    model.stem.weight.register_hook(lambda grad: fired.append(tuple(grad.shape)))
-    model.stem.weight.register_post_accumulate_grad_hook(lambda p: fired.append("accumulated"))
+    model.twin.register_forward_hook(lambda *_: fired.append("forward"))
+    model.twin.register_full_backward_hook(lambda *_: fired.append("backward"))
+    model.twin.weight.register_hook(lambda grad: fired.append(tuple(grad.shape)))
+    model.twin.weight.register_post_accumulate_grad_hook(lambda p: fired.append("accumulated"))
     model(IMAGES).sum().backward()
     before = list(fired)
-    assert sorted(map(str, before)) == ["(6, 3, 3, 3)", "accumulated", "backward", "forward"]
+    assert sorted(map(str, before)) == ["(6, 6, 3, 3)", "accumulated", "backward", "forward"]
     cut(model, RECIPE, IMAGES)
     fired.clear()
     model.zero_grad()
     model(IMAGES).sum().backward()
-    assert fired == [(3, 3, 3, 3) if entry == (6, 3, 3, 3) else entry for entry in before]
+    assert fired == [(3, 3, 3, 3) if entry == (6, 6, 3, 3) else entry for entry in before]
 
 
 @pytest.mark.parametrize("backward_first", [False, True])
 def test_an_old_loss_that_is_still_alive_does_not_break_the_next_backward(backward_first):
-    model = small()
+    model = small().eval()
     stale = model(IMAGES).sum()
     if backward_first:
         stale.backward(retain_graph=True)
@@ -468,9 +479,7 @@ def test_names_of_the_holder_or_of_the_held_network_do():
     assert outer.recipe == inner.recipe.renamed(add="net.")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), holder.parameters(), strict=True))
     # The fingerprint goes along: what was cut once is not cut again by the same recipe.
-    with pytest.raises(
-        ValueError, match="The recipe was made for another network: its layer 'net.stem' has 6 channels, this network's has 3"
-    ):
+    with pytest.raises(ValueError, match=r"made for another network: its layer 'net\.stem' has 6 channels, this network's has 3"):
         cut(holder, inner.recipe, IMAGES)
 
 
@@ -504,10 +513,8 @@ class HardView(nn.Module):
 
 
 class HardSlice(nn.Module):
-    """Takes the first six channels: all there are, until some are cut."""
-
     def forward(self, x):
-        return torch.cat([x[:, :6], x[:, 6:]], 1) if x.shape[1] >= 6 else x.flip(1)
+        return torch.cat([x[:, 3:], x[:, :3]], 1)
 
 
 class HardScale(nn.Module):
@@ -522,16 +529,19 @@ def broken(module):
 
 
 FAILURES = {
-    "unknown layer": (small, {"nowhere": (0,)}, r"names 'nowhere', which the network does not have or does not run; .*'stem', 'inner'"),
+    "unknown layer": (small, {"nowhere": (0,)},
+                      r"names 'nowhere', which the network does not have or does not run; .*'stem', 'inner'"),
     "not a layer": (small, {"norm": (0,)}, "names 'norm', which the network does not have"),
     "out of range": (small, {"stem": (0, 6)}, "Layer 'stem' has 6 channels but would keep channel 6"),
     "output": (small, {"head": (0,)}, "Channel 1 of layer 'head' cannot be removed: they are the output of the network"),
     "contradiction": (small, {"stem": (0, 1), "inner": (0, 2)},
-                      r"keeps channel [12] of layer '(stem|inner)' but removes it from '(stem|inner)', which is tied to it; name only one"),
-    "nothing left": (small, {"stem": (0, 1, 2), "inner": (3, 4, 5)}, "would keep no channel|keeps channel"),
-    "view of a fixed size": (lambda: broken(HardView()), {"stem": (0, 3)}, r"does not run \(last layer that did: 'depth\.0'\): shape"),
-    "slice of a fixed size": (lambda: broken(HardSlice()), {"stem": (0, 3)}, "not exact: layer 'twin'|not exact: layer 'fc'"),
-    "scale by the size": (lambda: broken(HardScale()), {"stem": (0, 3)}, "The cut is not exact: layer '(twin|fc)' differs by"),
+                      r"keeps channel [12] of layer '\w+' but removes it from '\w+', which is tied to it; name only one"),
+    "nothing left": (small, {"stem": (0, 1, 2), "inner": (3, 4, 5)}, "Layer 'stem' would keep no channel"),
+    "view of a fixed size": (lambda: broken(HardView()), {"stem": (0, 3)},
+                             r"does not run \(last layer that did: 'depth\.0'\): shape"),
+    "slice of a fixed size": (lambda: broken(HardSlice()), {"stem": (0, 3)},
+                              r"Channel 1 of layer 'stem' cannot be removed: 'depth\.1' picks channels by their position"),
+    "scale by the size": (lambda: broken(HardScale()), {"stem": (0, 3)}, r"The cut is not exact: layer '(twin|fc)' differs by"),
 }  # fmt: skip
 
 
@@ -577,8 +587,8 @@ def test_wrong_inputs_are_told_where_they_fail(inputs, said):
 def test_a_recipe_of_another_network_is_refused():
     model = small()
     before = snapshot(model)
-    other = {name: 6 for name in trace(model, lambda: model(IMAGES)).layers}
-    with pytest.raises(ValueError, match="made for another network: its layer '(fc|head)' has 6 channels, this network's has"):
+    other = dict.fromkeys(trace(model, lambda: model(IMAGES)).layers, 6)
+    with pytest.raises(ValueError, match=r"made for another network: its layer '(fc|head)' has 6 channels, this network's has"):
         cut(model, Recipe(keep={"stem": (0, 1)}, original=other), IMAGES)
     with pytest.raises(ValueError, match="names 'conv1'"):
         cut(model, Recipe(keep={"stem": (0, 1)}, original={"stem": 6, "conv1": 3}), IMAGES)
@@ -587,14 +597,13 @@ def test_a_recipe_of_another_network_is_refused():
 
 def test_a_graph_of_another_network_is_refused():
     model = small()
-    other = nn.Sequential(conv(3, 6), conv(6, 2))
+    other, wider = nn.Sequential(conv(3, 6), conv(6, 2)), small()
+    cut(wider, RECIPE, IMAGES)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"Small lacks \['0\.bias', .*traced on another network"):
         cut(model, Recipe(keep={"0": (0,)}), IMAGES, graph=trace(other, lambda: other(IMAGES)))
-    wider = small()
-    cut(wider, RECIPE, IMAGES)
     for verify in (True, False):
-        with pytest.raises(ValueError, match="should have shape .* before the cut but has|does not run on the example inputs"):
+        with pytest.raises(ValueError, match=r"should have shape .* before the cut but has|does not run on the example inputs"):
             cut(model, Recipe(keep={"stem": (0,)}), IMAGES, graph=trace(wider, lambda: wider(IMAGES)), verify=verify)
     assert snapshot(model) == before
 
