@@ -114,7 +114,7 @@ class CutReport:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         console = Console()
         console.print(self._table(first, final))
-        console.print(f"Recipe, tables and pictures: {escape(str(folder))}")
+        console.print(f"Recipe, tables and pictures: {escape(str(folder))}", soft_wrap=True)
 
     def _table(self, first: Measurement, final: Mapping[str, float]) -> Table:
         table = Table(title=escape(f"{self.recipe.method}, before epoch {self.epoch}"))
