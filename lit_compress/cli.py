@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With status 0 after ``--help``, 2 if the arguments are wrong, and 1 with one line on the standard error if
             the run fails over something that the user can change. Set ``LIT_COMPRESS_TRACEBACK=1`` to see where.
     """
-    from_shell = args is None
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(_HELP, end="")
@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if args[0] == "analyze":
             _analyze(args[1:])
         else:
-            _lightning_cli(None if from_shell else args)  # Lightning warns of arguments given beside the shell's
+            _lightning_cli(args)
     except (ValueError, MisconfigurationException, FileNotFoundError) as error:
         if os.environ.get("LIT_COMPRESS_TRACEBACK"):
             raise
@@ -63,20 +63,23 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from error
 
 
-def _lightning_cli(args: Sequence[str] | None, *, run: bool = True) -> Any:
+def _lightning_cli(args: Sequence[str], *, run: bool = True) -> Any:
     from pytorch_lightning import LightningDataModule, LightningModule
     from pytorch_lightning.cli import LightningCLI
 
-    return LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        run=run,
-        args=None if args is None else list(args),
-    )
+    with warnings.catch_warnings():
+        # The verb was taken off the shell's arguments, so that others are given; Lightning takes that for a mistake.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        return LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            run=run,
+            args=list(args),
+        )
 
 
 def _analyze(args: Sequence[str]) -> None:

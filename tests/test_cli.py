@@ -1,0 +1,122 @@
+"""The command line, run as a shell would, on every config."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_compress import Recipe
+from lit_compress.cli import main
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+DIGITS = next(path for path in CONFIGS if path.stem == "pfa_digits")
+SMALL = [
+    "--trainer.max_epochs", "2", "--data.train_size", "256", "--trainer.enable_progress_bar", "false",
+    "--trainer.callbacks.init_args.at_epoch", "1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Fit the digits config for two epochs in a folder of its own; returns that folder and what was written."""
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(DIGITS), *SMALL])
+    return next((tmp_path / "lit_compress_runs" / "pfa_digits").iterdir())
+
+
+def checkpoint_of(run):
+    return str(next((run / "checkpoints").glob("*.ckpt")))
+
+
+def test_fit_prunes_and_writes_what_it_did(run, capsys):
+    recipe = Recipe.load(run / "lit_compress" / "recipe.json")
+    summary = json.loads((run / "lit_compress" / "summary.json").read_text())
+    assert summary["after_cut"]["parameters"] <= 0.4 * summary["before"]["parameters"]
+    weights = torch.load(checkpoint_of(run), weights_only=True)["state_dict"]
+    for layer, width in recipe.widths.items():
+        assert len(weights[f"{layer}.weight"]) == width
+    assert {path.name for path in (run / "lit_compress").iterdir()} >= {
+        "cut_0_spectra.png",
+        "cut_0_widths.png",
+        "cut_0_layers.txt",
+    }
+
+
+def test_a_pruned_checkpoint_is_tested_and_gone_on_with(run, capsys):
+    main(["test", "--config", str(DIGITS), *SMALL, "--ckpt_path", checkpoint_of(run)])
+    assert "test/accuracy" in capsys.readouterr().out
+    main(["fit", "--config", str(DIGITS), *SMALL, "--trainer.max_epochs", "3", "--ckpt_path", checkpoint_of(run)])
+    content = [torch.load(path, weights_only=True) for path in run.parent.rglob("*.ckpt")]
+    assert max(checkpoint["epoch"] for checkpoint in content) == 2
+    sizes = {sum(tensor.numel() for tensor in checkpoint["state_dict"].values()) for checkpoint in content}
+    assert len(sizes) == 1, "the run that went on was cut once more, or not rebuilt"
+
+
+def test_analyze_says_what_a_cut_would_do_and_changes_nothing(run, tmp_path, capsys):
+    checkpoint = checkpoint_of(run)
+    before = Path(checkpoint).read_bytes()
+    main(
+        ["analyze", "--config", str(DIGITS), "--ckpt", checkpoint, "--energy", "0.8", "--out", "what", "--data.train_size", "256"]
+    )
+    shown = capsys.readouterr().out
+    recipe = Recipe.load(tmp_path / "what" / "recipe.json")
+    assert recipe.method == "pfa(energy=0.8)"
+    for layer, width in recipe.widths.items():
+        row = next(line for line in shown.splitlines() if f" {layer} " in line)
+        assert f" {width} " in row
+    assert Path(checkpoint).read_bytes() == before
+    assert {path.name for path in (tmp_path / "what").iterdir()} == {"recipe.json", "layers.txt", "spectra.png", "widths.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, ""),
+        (["shrivel"], 2, "unknown verb 'shrivel'"),
+        (["analyze"], 2, "--config"),
+        (["fit", "--config", str(DIGITS), "--trainer.callbacks.init_args.at_epoch", "99"], 1, "training ends after 40 epochs"),
+        (["fit", "--config", str(DIGITS), "--trainer.callbacks.init_args.keep_params", "1.5"], None, "must lie in"),
+        (["analyze", "--config", str(DIGITS), "--ckpt", "nowhere.ckpt"], 1, "nowhere.ckpt"),
+        (["analyze", "--config", str(DIGITS), "--keep_params", "0.00001"], 1, "cannot be reached"),
+    ],
+    ids=lambda value: " ".join(word for word in value if "/" not in word) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_told_in_one_line(arguments, status, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    errors = capsys.readouterr().err
+    assert stopped.value.code not in (0, None)
+    if status is not None:
+        assert stopped.value.code == status
+    assert said in errors
+    assert "Traceback" not in errors
+    if status == 1:
+        assert [line for line in errors.splitlines() if line.startswith("lit-compress: error:")] == errors.strip().splitlines()[
+            -1:
+        ]
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from lit_compress.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "analyze" in shown
+    assert shown.rstrip().endswith("0 False")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_complete(config):
+    """Its classes exist and take its arguments; that it trains is shown above, or in the long tests."""
+    content = yaml.safe_load(config.read_text())
+    assert {"trainer", "model", "data"} <= content.keys()
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert stopped.value.code in (0, None)
