@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_compress import rng
+from lit_compress import ranks, rng
 from lit_compress.compensation import readers
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.plan import Plan, plan_of
@@ -112,6 +113,42 @@ class Analysis:
         size = self.parameters if name == "keep_params" else self.mult_adds
         return self._search(chosen, name, value, size, limits)
 
+    def random_recipe(self, *, keep_params: float, seed: int) -> Recipe:
+        """Random widths and random channels at a size, to compare a method with chance.
+
+        Each group of channels keeps a share drawn uniformly and raised to one common power, the smallest that meets the size.
+
+        Args:
+            keep_params: Share of the original network's trainable parameters to keep, in (0, 1); the result is at or below.
+            seed: Of the draw.
+
+        Raises:
+            ValueError: If ``keep_params`` is out of range, or below what one channel in each layer leaves.
+
+        Source: the random recipes of PFA, section 4.1.
+        """
+        if not 0 < keep_params < 1:
+            raise ValueError(f"Argument `keep_params` must lie in (0, 1) but got {keep_params}.")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {name: float(torch.rand((), generator=generator)) for name in self.spectra}
+        shuffled = {
+            name: replace(found, order=torch.randperm(len(found.order), generator=generator), inactive=0)
+            for name, found in self.spectra.items()
+        }
+        label = f"random(keep_params={keep_params:g}, seed={seed})"
+
+        def at(power: float) -> Recipe:
+            widths = {name: max(ceil(len(found.order) * drawn[name] ** power), 1) for name, found in shuffled.items()}
+            return self._recipe(shuffled, widths, _Limits(1, 1), label)
+
+        target, low, high = keep_params * self.original("parameters"), 0.0, 1e3
+        if self.parameters(at(high)) > target:
+            raise ValueError(f"`keep_params={keep_params:g}` cannot be reached: one channel in each layer is more.")
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.parameters(at(middle)) <= target else (middle, high)
+        return at(high)
+
     def parameters(self, recipe: Recipe | None = None) -> int:
         """Trainable parameters of the network as analysed, or as a recipe would cut it."""
         return self._parameters - self._removed_parameters(recipe)
@@ -188,7 +225,7 @@ class Analysis:
         for name, found in sorted(chosen.items(), key=lambda item: not padded.isdisjoint(item[1].group.classes.tolist())):
             available = torch.from_numpy(~np.isin(found.group.classes, gone))
             stays = found.kept(widths[name], limits.min_width, limits.round_to, available).numpy()
-            stays = self._with_a_slot_each(found, stays)
+            stays = self._with_a_slot_each(found, stays, available.numpy())
             gone = self.graph.with_slots(np.append(gone, np.delete(found.group.classes, stays)))
         keep = {}
         for name, layer in self.graph.layers.items():
@@ -201,15 +238,16 @@ class Analysis:
         )
         return replace(recipe, padded=make_plan(self.graph, recipe).recipe.padded)
 
-    def _with_a_slot_each(self, found: GroupSpectrum, stays: Vector) -> Vector:
-        """What stays of a skip, with at least one slot for each block that is padded back to it already."""
+    def _with_a_slot_each(self, found: GroupSpectrum, stays: Vector, available: Any) -> Vector:
+        """As many of a skip's channels, but with at least one slot for each block that is padded back to it."""
+        place = {position: index for index, position in enumerate(found.order.tolist())}
+        needed: set[int] = set()
         for pad in self.graph.pads:
-            slots = pad.slots[pad.positions]
-            mine = np.flatnonzero(np.isin(found.group.classes, slots))
-            if len(mine) and not np.isin(mine, stays).any():
-                last = max(mine.tolist(), key=found.order.tolist().index)
-                stays = np.sort(np.append(stays, last))
-        return stays
+            mine = np.flatnonzero(np.isin(found.group.classes, pad.slots[pad.positions]) & available)
+            if len(mine):
+                needed.add(max(mine.tolist(), key=lambda position: place[position]))
+        others = sorted(set(stays.tolist()) - needed, key=lambda position: -place[position])
+        return np.array(sorted({*needed, *others[: max(len(stays) - len(needed), 0)]}), dtype=np.int64)
 
     def _search(
         self, chosen: Mapping[str, GroupSpectrum], name: str, share: float, size: Callable[[Recipe], float], limits: _Limits
@@ -228,8 +266,9 @@ class Analysis:
 
         smallest = size(at(0))
         if smallest > share * original:
+            rounded = f" and `round_to={limits.round_to}`" if limits.round_to > 1 else ""
             raise ValueError(
-                f"`{name}={share:g}` cannot be reached: with `min_width={limits.min_width}` the smallest network has "
+                f"`{name}={share:g}` cannot be reached: with `min_width={limits.min_width}`{rounded} the smallest network has "
                 f"{smallest / original:.4f} of the original's {original} {what}. Raise `{name}`, or leave fewer layers out."
             )
         low, high = 0, len(steps) - 1  # the recipe at `low` meets the target
@@ -266,6 +305,9 @@ def analyze(
 ) -> Analysis:
     """Find out how many channels each layer of a network needs on some data, changing nothing.
 
+    In a running process group, all ranks call it on the same network, and all get the same analysis: of a plain ``DataLoader``
+    each reads its share, of what cannot be shared out each reads what it is given.
+
     Args:
         model: The network, on its device. It is analysed in evaluation mode and left as it was.
         loader: Batches. A plain shuffled ``DataLoader`` is read in its data set's order. The data decide the recipe: give the
@@ -288,7 +330,7 @@ def analyze(
         The analysis.
 
     Raises:
-        ValueError: If the method is unknown, the loader is empty, or a response is not finite.
+        ValueError: If the method is unknown, the loader is empty, a response is not finite, or another rank fails.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -304,10 +346,10 @@ def analyze(
     pad_back: Any = "identity" if skips == "pad" else ()
     run_batch = forward_fn or _run_first
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with rng.isolated():
-        loader = in_order(loader, max_samples=max_samples)
-        if example_inputs is None:
-            first, loader = _peek(loader)
+    with ranks.as_one(), rng.isolated():
+        whole = in_order(loader, max_samples=max_samples)
+        if example_inputs is None:  # all ranks trace with the same samples, where the loader allows it
+            first, whole = _peek(whole)
             example = to_device(first_samples(first), device)
             graph = trace(model, lambda: run_batch(model, example), pad_back=pad_back)
         else:
@@ -318,14 +360,17 @@ def analyze(
         taps = {sum_name(point.tap): point.tap for point in graph.sums if point.tap is not None}
         sizes = {name: len(position) for group in groups for name, position in group.members.items()}
         layers = {name: size for name, size in sizes.items() if name in modules or name in taps}
-        means = {name: StreamingMean(size) for name, size in readers(graph).items() if name in modules} if compensate else {}
+        inputs = readers(graph) if compensate else {}
+        means = {name: StreamingMean(size, sync_on_compute=False) for name, size in inputs.items() if name in modules}
+        mine = in_order(loader, max_samples=max_samples, rank=ranks.rank(), world_size=ranks.world_size())
+        loader = whole if ranks.world_size() == 1 or mine is loader else mine
         batches = loader if progress is None else progress(loader, _length(loader))
         covariances = gather_covariances(
             model,
             batches,
             layers,
             lambda batch: run_batch(model, to_device(batch, device)),
-            max_samples=max_samples,
+            max_samples=None if max_samples is None else ceil(max_samples / ranks.world_size()),
             taps=taps,
             means=means,
         )
