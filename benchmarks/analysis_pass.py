@@ -21,7 +21,7 @@ def measure(quick: bool, rounds: int | None) -> Section:
     """ResNet-56 on images of CIFAR's shape, with one and two threads."""
     batch = 8 if quick else 128
     name, net, images = resnet56(quick=quick, batch=batch)
-    batches = [images + 0.1 * shift for shift in range(2 if quick else 4)]
+    batches = [images + 0.1 * shift for shift in range(2 if quick else 6)]
     graph = trace(net, lambda: net(images[:1]))
     layers = {name: len(graph.layers[name].classes) for group in graph.groups() for name in group.members}
     tables, verdicts = {}, []
@@ -34,7 +34,7 @@ def measure(quick: bool, rounds: int | None) -> Section:
                     Candidate("analyze: trace, pass and spectra", lambda _: analyze(net, batches)),
                     Candidate("keeping all responses, then torch.cov", lambda _: kept_responses(net, batches, layers)),
                 ],
-                rounds=rounds or (2 if quick else 12),
+                rounds=rounds or (2 if quick else 10),
             )
         caption = f"{count} thread{'s' * (count > 1)}"
         tables[caption] = compared.table()

@@ -11,14 +11,17 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lit_compress.callbacks.steps import is_dev_run, transfer
+from lit_compress.ranks import rank, share, world_size
 from lit_compress.statistics.gather import batch_size, in_order
 
 _RANDOM = ("Random", "Augment", "AugMix", "Jitter")  # in the names of torchvision's transforms
 Choice = Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None
 
 
-def analysis_batches(trainer: Trainer, pl_module: LightningModule, choice: Choice, max_samples: int | None) -> Iterable[Any]:
+def analysis_batches(trainer: Trainer, pl_module: LightningModule, choice: Choice, max_samples: int | None) -> AnalysisBatches:
     """Batches for an analysis, on the module's device: in a fixed order, each sample once where the loader allows it.
+
+    Several ranks share them out.
 
     Args:
         trainer: The running Trainer. In a ``fast_dev_run``, only as many batches as its widest layer needs to have a spectrum.
@@ -37,14 +40,38 @@ def analysis_batches(trainer: Trainer, pl_module: LightningModule, choice: Choic
             f"The analysis reads data that are augmented at random ({augmentation}). Give the module or datamodule a method "
             "`analysis_dataloader()` that returns them as they are, or pass `loader`."
         )
-    return _Transferred(in_order(loader, max_samples=max_samples), trainer, pl_module)
+    whole = in_order(loader, max_samples=max_samples)
+    mine = in_order(loader, max_samples=max_samples, rank=rank(), world_size=world_size())
+    if world_size() > 1 and mine is loader:
+        rank_zero_warn(
+            "The analysis cannot share out its data among the processes: the loader has a sampler of its own, or is no plain "
+            "DataLoader. Each process reads what the loader gives it, so that samples may be counted several times."
+        )
+    return AnalysisBatches(mine, whole, trainer, pl_module)
 
 
-class _Transferred:
-    """Batches of a loader, moved to the module's device by its own transfer hooks."""
+class AnalysisBatches:
+    """This rank's batches of a loader, moved to the module's device by its own transfer hooks.
 
-    def __init__(self, loader: Any, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loader, self._trainer, self._pl_module = loader, trainer, pl_module
+    Args:
+        loader: What this rank reads, possibly nothing.
+        whole: What all read together.
+        trainer: The running Trainer.
+        pl_module: Its module.
+    """
+
+    def __init__(self, loader: Any, whole: Any, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loader, self._whole, self._trainer, self._pl_module = loader, whole, trainer, pl_module
+
+    def example(self) -> Any:
+        """The first batch of the whole, the same on every rank where the loader allows it; None if no rank has one."""
+        batch = next(iter(self._whole), None)
+        found = share(batch is not None)
+        if any(found) and not all(found):  # a stream that gives this rank nothing
+            source = found.index(True)
+            given = share(batch if rank() == source else None)[source]
+            batch = given if batch is None else batch
+        return None if batch is None else transfer(self._trainer, self._pl_module, batch)
 
     def __iter__(self) -> Iterator[Any]:
         seen, enough = 0, max(len(parameter) for parameter in self._pl_module.parameters() if parameter.ndim)

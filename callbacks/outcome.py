@@ -72,7 +72,10 @@ class CutReport:
             recipe: This cut, relative to the network before it, with every layer that lost channels.
             index: Number of the cut, in the names of the files.
         """
-        if not trainer.is_global_zero or is_dev_run(trainer):
+        if is_dev_run(trainer):
+            return
+        folder = output_folder(trainer)
+        if not trainer.is_global_zero:
             return
         before = {name: len(layer.classes) for name, layer in analysis.graph.layers.items()}
         widths = before | recipe.widths
@@ -93,7 +96,6 @@ class CutReport:
             logger.log_metrics(values, step=trainer.global_step)
             for name, figure in figures.items():
                 log_figure(logger, f"compress/{name}", figure, trainer.global_step)
-        folder = output_folder(trainer)
         self.recipe.save(folder / "recipe.json")
         table = analysis.preview(recipe)
         (folder / f"cut_{index}_layers.txt").write_text(str(table), encoding="utf-8")
@@ -102,11 +104,13 @@ class CutReport:
 
     def finish(self, trainer: Trainer, first: Measurement, final: Mapping[str, float]) -> None:
         """Log and print what the run gained: before the first cut, after the last one, and after fine-tuning."""
-        if not trainer.is_global_zero or is_dev_run(trainer):
+        if is_dev_run(trainer):
+            return
+        folder = output_folder(trainer)
+        if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.log_metrics({f"compress/fine_tuned/{name}": value for name, value in final.items()}, step=trainer.global_step)
-        folder = output_folder(trainer)
         summary = {
             "before": asdict(first), "after_cut": asdict(self.after), "fine_tuned": dict(final), "batch_size": self.batch_size,
             "method": self.recipe.method,
@@ -154,9 +158,13 @@ def _kept(group: ChannelGroup, recipe: Recipe) -> int:
 
 
 def output_folder(trainer: Trainer) -> Path:
-    """Where a run's recipes and pictures go: ``lit_compress/`` in the logger's folder, or in the Trainer's root folder."""
+    """Where a run's recipes and pictures go: ``lit_compress/`` in the logger's folder, or in the Trainer's root folder.
+
+    All ranks must ask, since the Trainer makes them agree on it.
+    """
     folder = Path(trainer.log_dir or trainer.default_root_dir) / "lit_compress"
-    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

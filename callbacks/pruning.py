@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
@@ -26,11 +26,13 @@ from lit_compress.analysis import Analysis, analyze, matches
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
+from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
 from lit_compress.callbacks.schedule import CutSchedule
 from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
 from lit_compress.checkpoint import rebuild, write_plan
 from lit_compress.graph import evaluating
-from lit_compress.plan import plan_of
+from lit_compress.plan import Plan, plan_of
+from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
 from lit_compress.report import count_parameters, measure_latency
 from lit_compress.slicing import all_tensors, set_data
@@ -48,6 +50,9 @@ class PruningCallback(Callback, ABC):
 
     Copies that weight-averaging callbacks keep are cut alike. What ``ModelCheckpoint`` and ``EarlyStopping`` hold for the best
     starts anew at a cut, since an uncut network cannot be the best cut one; files that were written stay.
+
+    Under DDP the processes share out the data of the analysis, each sample once, and cut by one recipe, that of rank 0. If
+    anything fails on one of them, it fails on all, and nothing has changed.
 
     In a ``fast_dev_run`` the cut is made before its only epoch, whatever the trigger, and nothing is logged.
 
@@ -130,7 +135,8 @@ class PruningCallback(Callback, ABC):
         self.round_to, self.skips, self.compensate = round_to, skips, compensate
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
         self.reports: list[CutReport] = []
-        self._resumed_rng: dict[str, Any] | None = None
+        self._resumed_rng: list[dict[str, Any]] | None = None  # by rank
+        self._failed = False
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
 
     @abstractmethod
@@ -155,12 +161,13 @@ class PruningCallback(Callback, ABC):
         if stage != "fit":
             return
         self._resumed_rng = self._validated = None
+        self._failed = False
         if trainer.global_step == 0:  # what is resumed brings its own state later
             self.schedule.reset()
             self.reports = []
         if not is_dev_run(trainer):
             self.schedule.resolve(trainer.max_epochs)
-        _refuse_strategy(trainer)
+        refuse_strategy(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,15 +184,14 @@ class PruningCallback(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed_rng is not None and trainer.fit_loop.restarted_mid_epoch:  # the rest of that epoch comes first
-            rng.restore(self._resumed_rng)
-            self._resumed_rng = None
+        # Resumed in the middle of an epoch, the rest of that epoch comes first.
+        if trainer.fit_loop.restarted_mid_epoch and (states := self._own_rng(trainer)) is not None:
+            rng.restore(states)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed_rng is not None:
-            _resume_rng(trainer, self._resumed_rng)
-            self._resumed_rng = None
+        if (states := self._own_rng(trainer)) is not None:
+            _resume_rng(trainer, states)
         if self._validated is not None:  # resumed from between a validation and the end of its epoch
             self.schedule.watch(self._validated)
             self._validated = None
@@ -195,13 +201,12 @@ class PruningCallback(Callback, ABC):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            name = self.schedule.monitor
-            self._validated = {name: float(trainer.callback_metrics[name])} if name in trainer.callback_metrics else {}
+            self._validated = self._monitored(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validated is not None or not trainer.enable_validation:
-            self.schedule.watch({**(self._validated or {}), **trainer.callback_metrics})
+            self.schedule.watch({**trainer.callback_metrics, **(self._validated or {}), **self._monitored(trainer)})
         self._validated = None
 
     @override
@@ -209,8 +214,12 @@ class PruningCallback(Callback, ABC):
         if not self.reports:
             return
         first = self.reports[0].before
-        final = {name: float(value) for name, value in trainer.callback_metrics.items() if name in first.metrics}
+        final = over_ranks({name: float(value) for name, value in trainer.callback_metrics.items() if name in first.metrics})
         self.reports[-1].finish(trainer, first, final)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._failed = True  # perhaps on this rank alone: a checkpoint that is written now cannot ask the others
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -221,7 +230,7 @@ class PruningCallback(Callback, ABC):
         return {
             "schedule": self.schedule.state_dict(),
             "validated": self._validated,
-            "rng": rng.collect(),
+            "rng": [rng.collect()] if self._failed else share(rng.collect()),
             "reports": [report.to_dict() for report in self.reports],
         }
 
@@ -231,6 +240,16 @@ class PruningCallback(Callback, ABC):
         self._validated = state_dict["validated"]
         self._resumed_rng = state_dict["rng"]
         self.reports = [CutReport.from_dict(report) for report in state_dict["reports"]]
+
+    def _monitored(self, trainer: Trainer) -> dict[str, float]:
+        """The monitored metric, if it is logged, the same on all ranks, which must cut together."""
+        name = self.schedule.monitor
+        return over_ranks({name: float(trainer.callback_metrics[name])} if name in trainer.callback_metrics else {})
+
+    def _own_rng(self, trainer: Trainer) -> Mapping[str, Any] | None:
+        """This rank's states of the random number generators, from the checkpoint that the run was resumed from; only once."""
+        states, self._resumed_rng = self._resumed_rng, None
+        return None if states is None else own_state(trainer, states, type(self).__name__)
 
     # ---------------------------------------------------------------- the cut
 
@@ -242,30 +261,32 @@ class PruningCallback(Callback, ABC):
             ValueError: If the target cannot be reached, an optimizer's state cannot follow, or the network would not work once
                 cut.
         """
-        with rng.isolated(), validating(trainer):
-            loader = analysis_batches(trainer, pl_module, self.loader, self.max_samples)
-            batch = next(iter(loader), None)
-            if batch is None:
-                raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
-            example = first_samples(batch)
-            analysis = analyze(
-                pl_module,
-                loader,
-                example_inputs=example,
-                forward_fn=silent_step,
-                max_samples=self.max_samples,
-                progress=progress_of(trainer),
-                skips=self.skips,
-                compensate=self.compensate,
-            )
-            recipe = self.choose(analysis)
-            # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
-            plan = plan_for(pl_module, analysis.graph, recipe)
-            followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
-            before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
-            averages = _averages(trainer)
-            with _all_or_nothing([pl_module, *averages], trainer.optimizers):
-                trains = self.verify and training_error(trainer, pl_module, batch) is None
+        with as_one(), rng.isolated(), validating(trainer), buffers_of_first(trainer, pl_module):
+            with as_one():
+                loader = analysis_batches(trainer, pl_module, self.loader, self.max_samples)
+                batch = loader.example()
+                if batch is None:
+                    raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
+                example = first_samples(batch)
+                analysis = analyze(
+                    pl_module,
+                    loader,
+                    example_inputs=example,
+                    forward_fn=silent_step,
+                    max_samples=self.max_samples,
+                    progress=progress_of(trainer),
+                    skips=self.skips,
+                    compensate=self.compensate,
+                )
+                recipe = Recipe.from_dict(share(self.choose(analysis).to_dict())[0])
+                # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
+                plan = plan_for(pl_module, analysis.graph, recipe)
+                _refuse_disagreement(plan)
+                followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
+                before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
+                averages = _averages(trainer)
+            with rewrapped(trainer, pl_module), as_one(), _all_or_nothing([pl_module, *averages], trainer.optimizers):
+                trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
                     pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph,
                     mean_inputs=analysis.mean_inputs,
@@ -274,9 +295,11 @@ class PruningCallback(Callback, ABC):
                     follow()
                 for average in averages:
                     plan.apply_to(average)
+                share(None)  # norms that sync over ranks talk to the others in training mode
                 if trains and (error := training_error(trainer, pl_module, batch)) is not None:
                     _refuse_training(pl_module, analysis, error)
                 after = self._measure(trainer, pl_module, batch, analysis.mult_adds(recipe))
+                share(None)  # from here on, no rank can fail
         composed = plan_of(pl_module)
         report = CutReport(
             epoch=trainer.current_epoch,
@@ -288,7 +311,7 @@ class PruningCallback(Callback, ABC):
         self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
-        with rng.isolated():
+        with as_one(), rng.isolated():
             report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
         if plan.keep:
             _forget_bests(trainer)
@@ -304,6 +327,16 @@ class PruningCallback(Callback, ABC):
             mult_adds=mult_adds,
             latency=latency,
             metrics=evaluate(trainer, pl_module) if self.evaluate else {},
+        )
+
+
+def _refuse_disagreement(plan: Plan) -> None:
+    """Refuse a plan that is not the same on all ranks, as of networks that run other layers on other inputs."""
+    plans = share(hashlib.sha256(repr(plan.to_dict()).encode()).hexdigest())
+    if len(set(plans)) > 1:
+        raise ValueError(
+            "The recipe means another cut on some ranks than on others: they traced the network with different samples, and what "
+            "it runs depends on them. Give the analysis a plain `DataLoader`, of which all ranks trace the same samples."
         )
 
 
@@ -398,7 +431,7 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     type(self).on_save_checkpoint(self, checkpoint) if own is None else own(checkpoint)
 
 
-def _resume_rng(trainer: Trainer, states: dict[str, Any]) -> None:
+def _resume_rng(trainer: Trainer, states: Mapping[str, Any]) -> None:
     """Go on with the random numbers where the checkpoint was written, so that a resumed run is the same run.
 
     The Trainer has made the iterator of a resumed epoch before this, with other random numbers. It is made again where an
@@ -425,17 +458,3 @@ class _Later(Iterator[Any]):
     def __next__(self) -> Any:
         self._fetcher.iterator = iter(self._fetcher.combined_loader)
         return next(self._fetcher.iterator)
-
-
-def _refuse_strategy(trainer: Trainer) -> None:
-    name = type(trainer.strategy).__name__
-    if "FSDP" in name or "DeepSpeed" in name or "ModelParallel" in name:
-        raise MisconfigurationException(
-            f"{name} shards the parameters, which cannot be cut in flight. Cut before sharding: apply a recipe in "
-            "`configure_model`."
-        )
-    if trainer.world_size > 1 or isinstance(trainer.strategy, ParallelStrategy):
-        raise MisconfigurationException(
-            f"So far, pruning runs in one process, on the module itself, but {name} wraps it and uses {trainer.world_size}. "
-            'Set `devices=1, strategy="auto"`.'
-        )

@@ -15,11 +15,12 @@ from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 from lit_compress import rng
 from lit_compress.graph import evaluating
+from lit_compress.ranks import as_one, share, world_size
 
 Log = Callable[..., None]
 _BY_TORCH = frozenset(vars(nn.Module()))  # attributes that are no plain ones of the user
@@ -95,11 +96,13 @@ def transfer(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloade
 def evaluate(trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
     """What the module logs in a pass over its validation data, by name; empty if it has none.
 
-    The trainer's own state, its loggers, its logged metrics and its callbacks do not see the pass.
+    The trainer's own state, its loggers, its logged metrics and its callbacks do not see the pass. Of several ranks, each runs
+    its part of the data, as in any validation, and all get what they logged together.
     """
     if not is_overridden("validation_step", pl_module) or trainer.limit_val_batches == 0:
         return {}
-    with rng.isolated(), validating(trainer):
+    with as_one(), rng.isolated(), validating(trainer):
+        share(None)  # the loop talks to the other ranks
         loop = trainer.fit_loop.epoch_loop.val_loop
         loop.setup_data()
         loaders = loop._combined_loader
@@ -108,7 +111,7 @@ def evaluate(trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         loaders.limits = loop.max_batches
         several = loaders._mode == "sequential" and len(loaders.flattened) > 1
         collected = _Collector()
-        with evaluating(pl_module), torch.no_grad(), untouched(pl_module, collected.log, reset=True):
+        with evaluating(pl_module), torch.no_grad(), untouched(pl_module, collected.log, reset=True, alone=False):
             pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
             for batch, index, loader in loaders:
@@ -168,7 +171,7 @@ class _Mute(DummyLogger):
 
 
 @contextmanager
-def untouched(pl_module: LightningModule, log: Log, *, reset: bool = False) -> Iterator[_Kept]:
+def untouched(pl_module: LightningModule, log: Log, *, reset: bool = False, alone: bool = True) -> Iterator[_Kept]:
     """Hand what the module logs to ``log``; afterwards its metrics, attributes, lists and dicts are as before.
 
     Parameters and buffers are not looked after: see :func:`~lit_compress.graph.evaluating`.
@@ -177,6 +180,7 @@ def untouched(pl_module: LightningModule, log: Log, *, reset: bool = False) -> I
         pl_module: The module. Objects of the user's own classes on it are kept, but not what is in them.
         log: Called as ``LightningModule.log`` is.
         reset: Start its metrics from nothing.
+        alone: Neither its metrics nor its ``all_gather`` ask other ranks, which may be running something else.
     """
     kept = _Kept(pl_module)
     clones: dict[int, Tensor] = {}  # metrics of a collection may share a state
@@ -187,16 +191,25 @@ def untouched(pl_module: LightningModule, log: Log, *, reset: bool = False) -> I
             vars(metric).update({name: clones.setdefault(id(value), value.clone()) for name, value in states.items()})
             if reset:
                 metric.reset()
+            if alone:
+                vars(metric).update(sync_on_compute=False, dist_sync_on_step=False, _to_sync=False)
 
     def log_dict(values: Any, *args: Any, **kwargs: Any) -> None:
         for name, value in values.items():
             log(name, value, *args, **kwargs)
 
     vars(pl_module).update(log=log, log_dict=log_dict)  # on the instance, in front of the class's own
+    if alone and world_size() > 1:
+        vars(pl_module).update(all_gather=_as_if_alike)
     try:
         yield kept
     finally:
         kept.restore()
+
+
+def _as_if_alike(data: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of ``LightningModule.all_gather``: as if every rank had what this one has."""
+    return tree_map(lambda value: torch.stack([torch.as_tensor(value)] * world_size()), data)
 
 
 def drop(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -251,7 +264,10 @@ def _items(container: Any) -> Any:
 
 
 class _Collector:
-    """Reduces what a module logs over an epoch as Lightning does: values by their rule and batch size, metrics by their own."""
+    """Reduces what a module logs over an epoch as Lightning does: values by their rule and batch size, metrics by their own.
+
+    Values are reduced over ranks too, whether or not they were logged with ``sync_dist``.
+    """
 
     def __init__(self) -> None:
         self.batch: Any = None  # what is logged belongs to it; None outside of a step
@@ -277,14 +293,21 @@ class _Collector:
         self._values.setdefault(name, (rule, []))[1].append((float(value), size))
 
     def close(self) -> None:
-        """A loader, or the epoch, is over: what its metrics have now is their result."""
+        """A loader, or the epoch, is over: what its metrics have now, on all ranks, is their result."""
+        names = share(list(self._metrics))
+        if any(theirs != names[0] for theirs in names):
+            raise ValueError(f"The ranks log different metrics: {names}. Log the same on all, in the same order.")
         self._results |= {name: float(metric.compute()) for name, metric in self._metrics.items()}
         self._metrics, self.batch = {}, None
 
     def results(self) -> dict[str, float]:
         """Name to value, of everything."""
         self.close()
-        return {name: _reduced(rule, logged) for name, (rule, logged) in self._values.items()} | self._results
+        together: dict[str, tuple[str, list[tuple[float, int]]]] = {}
+        for values in share(self._values):
+            for name, (rule, logged) in values.items():
+                together.setdefault(name, (rule, []))[1].extend(logged)
+        return {name: _reduced(rule, logged) for name, (rule, logged) in together.items()} | self._results
 
 
 def _reduced(rule: str, logged: list[tuple[float, int]]) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import numpy as np

@@ -20,6 +20,7 @@ from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.slicing import all_tensors
+from lit_compress.surgery import under_names_of
 
 KEY = "lit_compress"
 FORMAT = 1
@@ -113,7 +114,7 @@ def load_pruned(
     if recipe is not None and KEY not in content:
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         if plan_of(model) is None:
-            _cut_to(model, _plan_from_shapes(model, weights, _under_names_of(model, recipe)))
+            _cut_to(model, _plan_from_shapes(model, weights, under_names_of(model, recipe)))
         content = {**content}
         write_plan(model, content)  # for a module that looks for itself
     else:
@@ -194,10 +195,3 @@ def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: R
         if f"{path}.slots" in weights
     }
     return Plan(pads=pads, recipe=recipe, keep=keep, shapes={name: tuple(tensors[name].shape) for name in keep})
-
-
-def _under_names_of(model: nn.Module, recipe: Recipe) -> Recipe:
-    """A recipe under the names that a network gives its layers."""
-    names = [*dict(model.named_modules()), *all_tensors(model)]
-    change = relocation(recipe.keep, names) if recipe.keep else None
-    return recipe if change is None else recipe.renamed(add=change.add, drop=change.drop)

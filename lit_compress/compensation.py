@@ -19,14 +19,25 @@ from lit_compress.slicing import all_tensors, set_data
 
 
 def readers(graph: ChannelGraph) -> dict[str, int]:
-    """Layers that read channels which may be cut, to their number of input channels: those whose mean input is needed."""
+    """Layers that read channels which may be cut, to their number of input channels: those whose mean input is needed.
+
+    A weight that is used twice, is multiplied with another parameter first, or belongs to a transposed convolution is not among
+    them.
+    """
     uses = Counter(use.weight for use in graph.uses)
-    found = {}
-    for name, layer in graph.layers.items():
-        use = next(use for use in graph.uses if use.weight == layer.weight)
-        if uses[layer.weight] == 1 and use.out_dim == 0 and use.in_dim in graph.tensors.get(layer.weight, {}):
-            found[name] = graph.shapes[layer.weight][use.in_dim]
-    return found
+    return {
+        _name_of(graph, use.weight): graph.shapes[use.weight][use.in_dim]
+        for use in graph.uses
+        if uses[use.weight] == 1
+        and use.plain
+        and (use.out_dim, use.in_dim) == (0, 1)
+        and use.weight.endswith(".weight")
+        and use.in_dim in graph.tensors.get(use.weight, {})
+    }
+
+
+def _name_of(graph: ChannelGraph, weight: str) -> str:
+    return next(layer.name for layer in graph.layers.values() if layer.weight == weight)
 
 
 def compensate(model: nn.Module, graph: ChannelGraph, plan: Plan, mean_inputs: Mapping[str, Tensor]) -> list[str]:
@@ -42,13 +53,15 @@ def compensate(model: nn.Module, graph: ChannelGraph, plan: Plan, mean_inputs: M
         mean_inputs: Layer name to the mean of each input channel, over samples and positions.
 
     Returns:
-        Layers that read removed channels and have nowhere to put the mean; they are left as they are.
+        Layers that read removed channels and have nowhere to put the mean, or whose mean input is not known; they are left as
+        they are.
     """
-    tensors, without = all_tensors(model), []
-    for name in readers(graph):
-        weight = graph.layers[name].weight
-        kept = plan.keep.get(weight, {}).get(1)
-        if kept is None or name not in mean_inputs:
+    tensors, known, without = all_tensors(model), readers(graph), []
+    read = {use.weight: kept for use in graph.uses if (kept := plan.keep.get(use.weight, {}).get(use.in_dim)) is not None}
+    for weight, kept in read.items():
+        name = _name_of(graph, weight)
+        if name not in known or name not in mean_inputs:
+            without.append(name)
             continue
         removed: Vector = np.delete(np.arange(graph.shapes[weight][1]), kept)
         kernel = (

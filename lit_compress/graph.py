@@ -170,6 +170,8 @@ def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Lit
                 f"{type(model).__name__} does not run on the example inputs; it failed in {mode.where}: {error}"
             ) from error
         mode.freeze_outputs(outputs)
+    if missing := sorted(set(pad_back) - {point.module for point in mode.pads}):
+        raise ValueError(f"{missing[0]!r} cannot be padded back: {type(model).__name__} has no such module, or does not run it.")
     if not mode.leaving:
         raise ValueError(
             f"The forward ran no convolution or linear layer of {type(model).__name__}; "
@@ -234,7 +236,11 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
         **{path: why for path, why in mode.refused.items() if path not in layers},
         **_aliases(model, layers),
     }
-    sums = tuple(replace(point, channels=classify(point.channels)) for point in mode.sums)
+    # One that runs twice cannot be padded back: each run would need a skip of the same channels.
+    sums = tuple(
+        replace(point, channels=classify(point.channels), block=point.block if mode.calls[point.block or ""] == 1 else None)
+        for point in mode.sums
+    )
     pads = tuple(replace(point, sources=classify(point.sources), slots=classify(point.slots)) for point in mode.pads)
     _freeze_slots(pads, frozen)
     return ChannelGraph(

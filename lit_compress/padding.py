@@ -8,13 +8,14 @@ Source: *Filter Distillation for Network Compression* (PFA), appendix C.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Pad:
 class PaddedBack(nn.Module):
     """Mixed into the class of a module whose output has fewer channels than the skip that it is added to.
 
+    The slots are in the state dict and move with the module, but are no buffer: what averages buffers would average indices.
+
     Attributes:
         padded_width: Channels W of the skip.
-        slots: Buffer ``(K,)``: to which of the W channels each of the module's own K channels goes. It is part of the state dict.
+        slots: ``(K,)`` int64: to which of the W channels each of the module's own K channels goes.
     """
 
     padded_width: int
@@ -46,9 +49,43 @@ class PaddedBack(nn.Module):
         output: Tensor = super().forward(*args, **kwargs)
         return output.new_zeros(len(output), self.padded_width, *output.shape[2:]).index_copy(1, self.slots, output)
 
+    @override
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self.slots = self.slots.to(fn(self.slots).device)
+        return self
+
+    @override
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}slots"] = self.slots
+
+    @override
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        name = f"{prefix}slots"
+        if name in unexpected_keys:
+            unexpected_keys.remove(name)
+        loaded = state_dict.get(name)
+        if loaded is None:
+            missing_keys.extend([name] if strict else [])
+        elif loaded.shape != self.slots.shape:
+            error_msgs.append(f"{name} has shape {tuple(loaded.shape)}, but {tuple(self.slots.shape)} is expected.")
+        else:
+            self.slots = loaded.to(self.slots, copy=True)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so a pickle names the class that it was made from.
-        return _anew, (type(self).__bases__[1],), self.__dict__
+        return _anew, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:]
 
 
 def pad_back(module: nn.Module, slots: Tensor, width: int) -> None:
@@ -61,38 +98,49 @@ def pad_back(module: nn.Module, slots: Tensor, width: int) -> None:
     """
     if not isinstance(module, PaddedBack):
         module.__class__ = _padded(type(module))
-    module.register_buffer("slots", slots)
-    module.padded_width = width  # type: ignore[assignment]
+    vars(module).update(slots=slots, padded_width=width)
 
 
-def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> None:
-    """Pad back the modules at some paths of a network."""
-    for path, pad in pads.items():
-        module = model.get_submodule(path)
-        device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-        pad_back(module, torch.tensor(pad.slots, device=device), pad.width)
+def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> Callable[[], None]:
+    """Pad back the modules at some paths of a network, all of them or, if one cannot be, none.
+
+    Returns:
+        What puts them back to what they were.
+    """
+    modules = {path: model.get_submodule(path) for path in pads}
+    before = [(module, type(module), {name: vars(module).get(name) for name in _OWN}) for module in modules.values()]
+
+    def undo() -> None:
+        for module, kind, own in before:
+            module.__class__ = kind
+            for name, value in own.items():
+                if value is None:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = value
+
+    try:
+        for path, module in modules.items():
+            held = (*module.parameters(), *module.buffers(), *model.parameters())  # a dropout, say, holds nothing
+            device = next((tensor.device for tensor in held), torch.device("cpu"))
+            pad_back(module, torch.tensor(pads[path].slots, device=device), pads[path].width)
+    except BaseException:
+        undo()
+        raise
+    return undo
 
 
 @contextmanager
 def padded_for_now(model: nn.Module, pads: Mapping[str, Pad]) -> Iterator[None]:
     """Pad back some modules for as long as the context lasts."""
-    before = [
-        (module, type(module), module._buffers.get("slots"), vars(module).get("padded_width"))
-        for module in map(model.get_submodule, pads)
-    ]
+    undo = pad_modules(model, pads)
     try:
-        pad_modules(model, pads)
         yield
     finally:
-        for module, kind, slots, width in before:
-            module.__class__ = kind
-            if slots is None:
-                module._buffers.pop("slots", None)
-                vars(module).pop("padded_width", None)
-            else:
-                module._buffers["slots"], vars(module)["padded_width"] = slots, width
+        undo()
 
 
+_OWN = ("slots", "padded_width")  # attributes of a padded module
 _PADDED: dict[type[nn.Module], type[nn.Module]] = {}
 
 

@@ -145,8 +145,12 @@ class Plan:
 
     def cut_module(self, model: nn.Module) -> None:
         """Slice the tensors of a network that has exactly the plan's names, and pad back what is cut on its own."""
-        cut_tensors(model, self.keep, self.take)
-        pad_modules(model, self.pads)
+        unpad = pad_modules(model, self.pads)
+        try:
+            cut_tensors(model, self.keep, self.take)
+        except BaseException:
+            unpad()
+            raise
 
     def prepare(self, optimizer: Optimizer) -> Callable[[], None]:
         """Work out what an optimizer's state will be after the cut; calling the result puts it there, and cannot fail.

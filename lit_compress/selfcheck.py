@@ -47,6 +47,12 @@ class SelfCheck:
         self, model: nn.Module, graph: ChannelGraph, plan: Plan, forward_fn: Callable[[nn.Module, Any], Any], inputs: Any
     ) -> None:
         self._model, self._graph, self._plan, self._forward_fn, self._inputs = model, graph, plan, forward_fn, inputs
+        removed: set[int] = set()
+        for name, dims in plan.keep.items():
+            for dim, kept in dims.items():
+                classes = graph.tensors.get(name, {}).get(dim)
+                removed.update(() if classes is None else np.delete(classes, kept).tolist())
+        self._removed = np.array(sorted(graph.with_slots(np.array(sorted(removed), dtype=np.int64))), dtype=np.int64)
         self._double = True
         try:
             self._expected = self._run(silenced=True)
@@ -105,6 +111,10 @@ class SelfCheck:
 
     def _remaining(self, name: str | None, expected: Tensor) -> Tensor | None:
         """The channels of a layer's output that the cut keeps; None where a module gives something else than its weight makes."""
+        point = next((point for point in self._graph.pads if point.module == name), None)
+        if point is not None and name in self._plan.pads:  # a layer at the end of a block, which gives the width of the skip
+            slots = torch.from_numpy(np.flatnonzero(~np.isin(point.slots, self._removed)))
+            return expected.index_select(1, slots.to(expected.device))
         kept = None if name is None else self._plan.recipe.keep.get(name)
         if name is None or kept is None:
             return expected
@@ -164,15 +174,10 @@ class SelfCheck:
         def silence(keep: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
             return lambda module, inputs, output: output * keep.to(output).view(1, -1, *[1] * (output.ndim - 2))
 
-        removed: set[int] = set()
-        for name, dims in self._plan.keep.items():
-            for dim, kept in dims.items():
-                classes = self._graph.tensors.get(name, {}).get(dim)
-                removed.update(() if classes is None else np.delete(classes, kept).tolist())
         handles = []
         for point in self._graph.pads:
             keep = torch.zeros(len(point.slots))
-            keep[point.positions] = torch.tensor([source not in removed for source in point.sources.tolist()]).float()
+            keep[point.positions] = torch.from_numpy(~np.isin(point.sources, self._removed)).float()
             handles.append(self._model.get_submodule(point.module).register_forward_hook(silence(keep)))
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -74,6 +75,7 @@ def cut(
         )
     """
     if graph is None:
+        recipe = under_names_of(model, recipe)
         graph = trace(model, lambda: forward_fn(model, example_inputs), pad_back=tuple(recipe.padded))
     plan = plan_for(model, graph, recipe)
     if not plan.keep:
@@ -82,11 +84,22 @@ def cut(
         SelfCheck(model, graph, plan, forward_fn, example_inputs).compare()
     before = plan_of(model)
     composed = plan if before is None else before.then(plan)
-    if mean_inputs is not None:
-        compensate(model, graph, plan, mean_inputs)
+    if mean_inputs is not None and (without := compensate(model, graph, plan, mean_inputs)):
+        warnings.warn(
+            f"Layers {_listed(without)} read removed channels but have no bias to fold their mean into, and no norm that takes "
+            "their output alone: there, nothing is compensated.",
+            stacklevel=2,
+        )
     plan.cut_module(model)
     note_plan(model, composed)
     return plan
+
+
+def under_names_of(model: nn.Module, recipe: Recipe) -> Recipe:
+    """A recipe under the names that a network gives its layers; as it is, if they are not found."""
+    names = [*recipe.keep, *recipe.padded]
+    change = relocation(names, [*dict(model.named_modules()), *all_tensors(model)]) if names else None
+    return recipe if change is None else recipe.renamed(add=change.add, drop=change.drop)
 
 
 def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
@@ -209,10 +222,15 @@ def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: Vector)
         if wanted.any():
             channel = recipe.keep[name][int(np.argmax(wanted))]
             other = next(
-                other for other in recipe.keep if int(layer.classes[channel]) in graph.layers[other].classes[
+                (other for other in recipe.keep if int(layer.classes[channel]) in graph.layers[other].classes[
                     sorted(set(range(len(graph.layers[other].classes))) - set(recipe.keep[other]))
-                ]
+                ]), None
             )  # fmt: skip
+            if other is None:
+                raise ValueError(
+                    f"The recipe keeps channel {channel} of layer {name!r} but removes the channel of the skip that it is padded "
+                    "back to; remove both or none."
+                )
             raise ValueError(
                 f"The recipe keeps channel {channel} of layer {name!r} but removes it from {other!r}, which is tied to it; "
                 "name only one of them."

@@ -78,12 +78,14 @@ class WeightUse:
         out_dim: Its dimension of output channels.
         in_dim: Its dimension of input channels.
         positions: How many times each element is multiplied, over the whole batch traced.
+        plain: Whether the parameter is used as it is, and not multiplied with another one (a mask, say).
     """
 
     weight: str
     out_dim: int
     in_dim: int
     positions: int
+    plain: bool = True
 
 
 class LabelMode(TorchDispatchMode):
@@ -104,20 +106,22 @@ class LabelMode(TorchDispatchMode):
         self.uses: list[WeightUse] = []
         self.leaving: dict[str, bool] = {}  # weights in the order met -> whether the layer makes channels of its own
         self.called: set[str] = set()
+        self.calls: Counter[str] = Counter()  # of each module
         self.refused: dict[str, str] = {}  # path of a module -> why its weight is not a layer's
         self.sums: list[SumPoint] = []  # with atoms in place of classes
         self.pads: list[PadPoint] = []
-        self.norms: dict[str, str] = {}  # weight of a layer -> the running mean of the batch norm right after it
+        self._norms: dict[str, str] = {}  # weight of a layer -> the running mean of a batch norm that takes its output
         self._product: Any = WeakTensorKeyDictionary()  # output of a layer -> its weight
+        self._taken: Counter[str] = Counter()  # weight of a layer -> how many operations take its output
         self._pad_back = frozenset(pad_back)
         self._own: list[tuple[int, int]] = []  # first atom and width of each use of a layer
         self._read: list[Vector] = []  # channels that entered a layer so far
-        self._calls: Counter[str] = Counter()
         self._sum_of: Any = WeakTensorKeyDictionary()  # tensor -> index of the sum that it is
         self._ends: Any = WeakTensorKeyDictionary()  # tensor -> path of the innermost module that returned it last
         self._pinned: dict[tuple[str, int], str] = {}
         self._labels: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
+        self._computed: Any = WeakTensorKeyDictionary()  # tensors made from parameters that hold other values than they
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
         self._parameters = {name for name, _ in model.named_parameters()}
@@ -132,12 +136,13 @@ class LabelMode(TorchDispatchMode):
         """Enter the mode and keep track of the module that runs, so that refusals can name it."""
 
         def enter(module: nn.Module, inputs: Any) -> None:
-            path = self._paths.get(id(module), self.path)
-            self.called.add(path)
-            self._calls[path] += 1
-            for position, value in enumerate(inputs):
-                self._see(value, Tap(path, "input", self._calls[path] - 1, position))
-            self._stack.append((id(module), path))
+            path = self._paths.get(id(module))  # None for one that the forward made: no hook of ours will find it again
+            if path is not None:
+                self.called.add(path)
+                self.calls[path] += 1
+                for position, value in enumerate(inputs):
+                    self._see(value, Tap(path, "input", self.calls[path] - 1, position))
+            self._stack.append((id(module), self.path if path is None else path))
             if isinstance(module, _SIZES_CHECKED):
                 for parameter in module.parameters():
                     self.pin(parameter, f"{self.where} ({type(module).__name__}) checks its sizes and is left whole")
@@ -145,8 +150,8 @@ class LabelMode(TorchDispatchMode):
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             while self._stack.pop()[0] != id(module):  # modules that failed, where the forward caught it, never left
                 pass
-            if isinstance(output, Tensor):
-                self._leave(module, self._paths.get(id(module), ""), output)
+            if isinstance(output, Tensor) and id(module) in self._paths:
+                self._leave(module, self._paths[id(module)], output)
             if module is self._model:
                 self.freeze_outputs(output)
 
@@ -210,7 +215,15 @@ class LabelMode(TorchDispatchMode):
         """What the network returns keeps its channels."""
         for tensor in tensors_in(outputs):
             self.freeze(self._label(tensor), "they are the output of the network")
+            if tensor in self._product:
+                self._taken[self._product[tensor]] += 1
             self.pin(tensor, "it is the output of the network")
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """Weight of a layer to the running mean of the batch norm that alone takes its output, and no other layer's."""
+        users = Counter(self._norms.values())
+        return {weight: mean for weight, mean in self._norms.items() if self._taken[weight] == 1 == users[mean]}
 
     # ---------------------------------------------------------------- skips
 
@@ -223,11 +236,11 @@ class LabelMode(TorchDispatchMode):
     def _leave(self, module: nn.Module, path: str, output: Tensor) -> None:
         if path in self._pad_back and not isinstance(module, PaddedBack):
             labels = self._label(output)
-            vector = None if labels is None or output.ndim < 2 or self._calls[path] > 1 else vector_along(labels, 1)
+            vector = None if labels is None or output.ndim < 2 or self.calls[path] > 1 else vector_along(labels, 1)
             if vector is None:
                 raise ValueError(f"{path!r} cannot be padded back: it runs more than once, or has no channels of its own.")
             self._scatter(path, output, vector.numpy().astype(np.int64), np.arange(output.shape[1]), present=False)
-        self._see(output, Tap(path, "output", self._calls[path] - 1))
+        self._see(output, Tap(path, "output", self.calls[path] - 1))
         if next(module.children(), None) is None:
             self._ends[output] = path
 
@@ -270,7 +283,7 @@ class LabelMode(TorchDispatchMode):
                     and not np.isin(atoms, busy).any()
                 )
                 end = self._ends.get(tensor)
-                found.append((own, end if end is not None and self._calls[end] == 1 else None))
+                found.append((own, end))
         return found
 
     def _note_sum(self, call: _Call, operands: list[tuple[bool, str | None]]) -> None:
@@ -296,6 +309,9 @@ class LabelMode(TorchDispatchMode):
             bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
             bound |= dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
             call = _Call(func, args, kwargs, bound, tensors, out)
+            self._taken.update(self._product[tensor] for tensor in tensors if tensor in self._product)
+            if call.name.endswith("_") and call.outputs:
+                self._sum_of.pop(call.first, None)  # overwritten in place, though maybe by the next sum
             if call.outputs and not call.first.numel():
                 why = f"{call.name} in {self.where} gives an empty tensor on the example inputs"
                 self._barrier(call, why)
@@ -304,10 +320,7 @@ class LabelMode(TorchDispatchMode):
             else:
                 self._rule(func)(call)
             if call.name.endswith("_") and call.outputs:
-                # Overwritten in place: no longer a layer's own output, and no longer a sum but where the sum was made.
-                self._product.pop(call.first, None)
-                if call.name != "add_":
-                    self._sum_of.pop(call.first, None)
+                self._product.pop(call.first, None)  # overwritten in place: no longer a layer's own output
         return out
 
     def _rule(self, func: Any) -> Callable[[_Call], None]:
@@ -442,7 +455,8 @@ class LabelMode(TorchDispatchMode):
         name, dimension = min(origin[out_dim], key=lambda pair: (pair[0] not in self._parameters, pair))
         self.leaving[name] = self.leaving.get(name, False) or not depthwise
         self.made.setdefault(name, leaving)
-        self.uses.append(WeightUse(name, out_dim=dimension, in_dim=dict(origin[in_dim])[name], positions=positions))
+        plain = weight not in self._computed
+        self.uses.append(WeightUse(name, dimension, dict(origin[in_dim])[name], positions, plain))
         self._product[call.first] = name
         self._labels[call.first] = spread(torch.from_numpy(leaving), call.first.shape, dim)
 
@@ -463,7 +477,7 @@ class LabelMode(TorchDispatchMode):
                 self.meet(self._origins[tensor][0], vector.numpy().astype(np.int64), why)
         mean = call.bound.get("running_mean")
         if x in self._product and mean is not None and mean in self._origins and len(self._origins[mean][0]) == 1:
-            ((self.norms[self._product[x]], _),) = self._origins[mean][0]
+            ((self._norms[self._product[x]], _),) = self._origins[mean][0]
         if labels is not None:
             self._labels[call.first] = labels
         return None
@@ -552,6 +566,7 @@ class LabelMode(TorchDispatchMode):
         for tensor in call.outputs:
             if tensor.shape == call.first.shape:
                 self._origins[tensor] = tuple(axes)
+                self._computed[tensor] = True
 
     def _pool(self, call: _Call) -> None:
         mixed = next(int(digit) for digit in "123" if f"{digit}d" in call.name)
@@ -658,6 +673,8 @@ class LabelMode(TorchDispatchMode):
         wide = [dim for dim in range(x.ndim) if x.shape[dim] > 1]
         if [x.shape[dim] for dim in wide] != [size for size in out.shape if size > 1]:
             return self.pin(x, f"{self.where} reshapes a parameter to {tuple(out.shape)}")
+        if x in self._computed:
+            self._computed[out] = True
         axes = iter([self._origins[x][dim] for dim in wide])
         self._origins[out] = tuple(next(axes) if size > 1 else frozenset() for size in out.shape)
         return None
@@ -725,6 +742,8 @@ class LabelMode(TorchDispatchMode):
             axes = [frozenset() if dim < lead or x.shape[dim - lead] == 1 else origin[dim - lead] for dim in range(out.ndim)]
         else:
             return self.pin(x, f"{self.where} takes a part of a parameter ({call.name})")
+        if x in self._computed:
+            self._computed[out] = True
         self._origins[out] = tuple(axes)
         return None
 

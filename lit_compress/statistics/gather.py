@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from lit_compress import rng
+from lit_compress import ranks, rng
 from lit_compress.graph import evaluating
+from lit_compress.padding import PaddedBack
 from lit_compress.skips import Tap
 from lit_compress.statistics.covariance import StreamingCovariance, spatial_max
 from lit_compress.statistics.mean import StreamingMean
@@ -35,6 +36,8 @@ def gather_covariances(
 ) -> dict[str, StreamingCovariance]:
     """Covariance of the responses of many layers, from one pass in evaluation mode that leaves the network as it was.
 
+    In a running process group, every rank calls it with its own share of the batches, possibly none, and gets what all have seen.
+
     A convolution's response to a sample is the spatial max of each channel. A linear layer's is its output; over tokens or
     positions ``(N, L, C)`` it is the max as well, since the layer is then a pointwise convolution.
 
@@ -43,7 +46,7 @@ def gather_covariances(
         batches: Inputs.
         layers: Names of layers, as in ``model.named_modules()``, to their number of output channels; or names in ``taps``.
         run: Runs the network on a batch.
-        max_samples: Stop after the batch that reaches this number of samples. None for all.
+        max_samples: Stop after the batch that reaches this number of samples, on this rank. None for all.
         taps: Where to find what is not a layer's output, such as the sum of two branches.
         means: Names of layers whose mean input is wanted, filled in place.
 
@@ -51,9 +54,9 @@ def gather_covariances(
         A filled :class:`StreamingCovariance` for each layer; memory does not grow with the number of samples.
 
     Raises:
-        ValueError: If a response is not finite, naming the layer, or if there is no batch.
+        ValueError: If a response is not finite, naming the layer, if there is no batch, or if another rank fails.
     """
-    covariances = {name: StreamingCovariance(channels) for name, channels in layers.items()}
+    covariances = {name: StreamingCovariance(channels, sync_on_compute=False) for name, channels in layers.items()}
     # One batch's responses, added after its forward: between the layers, from a cold cache, that takes several times as long.
     responses: list[tuple[str, Tensor]] = []
 
@@ -68,7 +71,7 @@ def gather_covariances(
             means[name].update(value)  # type: ignore[index]  # called for its own names alone
 
     seen = 0
-    with ExitStack() as stack:
+    with ranks.as_one(), ExitStack() as stack:
         stack.enter_context(rng.isolated())
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
@@ -87,9 +90,25 @@ def gather_covariances(
             seen += batch_size(batch)
             if max_samples is not None and seen >= max_samples:
                 break
-    if seen == 0:
-        raise ValueError("The analysis needs data, but the loader gave no batch.")
+    with ranks.as_one():
+        if sum(ranks.share(seen)) == 0:
+            raise ValueError("The analysis needs data, but the loader gave no batch.")
+        _add_up([*covariances.items(), *(means or {}).items()])
     return covariances
+
+
+def _add_up(metrics: Sequence[tuple[str, StreamingCovariance | StreamingMean]]) -> None:
+    """Let each metric hold what all ranks have seen; merged in the same order on each, to the same bits."""
+    if ranks.world_size() == 1:
+        return
+    names = ranks.share([name for name, _ in metrics])
+    if any(theirs != names[0] for theirs in names):
+        raise ValueError("The ranks have traced different networks: their layers, or what their inputs run, are not the same.")
+    for _, metric in metrics:  # one at a time: there is room for one layer's states of all ranks
+        states = ranks.share({name: value.cpu() for name, value in metric.metric_state.items()})  # type: ignore[union-attr]
+        metric.reset()
+        for state in states:
+            metric.merge_state(state)
 
 
 class _Watch:
@@ -99,10 +118,10 @@ class _Watch:
         module = model.get_submodule(tap.module)
         self._tap, self._see = tap, see
         weight = getattr(module, "weight", None)
-        self._channels_last = isinstance(weight, Tensor) and weight.ndim == 2
+        self._channels_last = tap.call is None and isinstance(weight, Tensor) and weight.ndim == 2
         self.calls = 0  # of the module, in this batch
         self.handle = (
-            module.register_forward_hook(lambda module, inputs, output: self._look(output))
+            module.register_forward_hook(lambda module, inputs, output: self._look(_own_channels(module, output)))
             if tap.side == "output"
             else module.register_forward_pre_hook(lambda module, inputs: self._look(inputs[tap.position]))
         )
@@ -111,6 +130,11 @@ class _Watch:
         if self._tap.call in (None, self.calls):
             self._see(value.movedim(-1, 1) if self._channels_last and value.ndim > 2 else value)
         self.calls += 1
+
+
+def _own_channels(module: nn.Module, output: Tensor) -> Tensor:
+    """The output of a layer, without the zeros between its channels if it is padded back."""
+    return output.index_select(1, module.slots) if isinstance(module, PaddedBack) else output
 
 
 @contextmanager
@@ -151,12 +175,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
 
 
-def in_order(loader: Any, *, max_samples: int | None = None, seed: int = 0) -> Any:
+def in_order(loader: Any, *, max_samples: int | None = None, seed: int = 0, rank: int = 0, world_size: int = 1) -> Any:
     """A loader over the same samples in a fixed order, none left out or repeated.
 
-    A plain shuffled or sequential ``DataLoader`` is built anew; ``max_samples`` then draws that many at random, by ``seed``. What
-    has a sampler of its own (a weighted one, say, or one that draws with replacement) or is another kind of iterable is returned
-    as it is.
+    A plain shuffled or sequential ``DataLoader`` is built anew; ``max_samples`` then draws that many at random, by ``seed``. Of
+    several ranks, each then takes every ``world_size``-th sample: together they have each once, and one may have none. What has
+    a sampler of its own (a weighted one, say, or one that draws with replacement) or is another kind of iterable is returned as
+    it is.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__ or loader.batch_size is None:
         return loader
@@ -169,6 +194,8 @@ def in_order(loader: Any, *, max_samples: int | None = None, seed: int = 0) -> A
     if max_samples is not None and max_samples < size:
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:max_samples]
         dataset = Subset(dataset, sorted(chosen.tolist()))
+    if world_size > 1:
+        dataset = Subset(dataset, range(rank, len(dataset), world_size))  # type: ignore[arg-type]
     return DataLoader(
         dataset,
         batch_size=loader.batch_size,

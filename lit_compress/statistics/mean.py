@@ -49,10 +49,31 @@ class StreamingMean(Metric):
         """Add a batch."""
         if values.ndim < 2 or values.shape[1] != self.channels:
             raise ValueError(f"Expected values of {self.channels} channels but got shape {tuple(values.shape)}.")
-        # Means over positions first, in the values' own precision: they are many, and a float64 copy of them would be large.
-        means = values.detach().flatten(2).mean(2) if values.ndim > 2 else values.detach()
+        # Means over positions first, in single precision: they are many, and a float64 copy of them would be large.
+        precision = torch.promote_types(values.dtype, torch.float32)
+        means = values.detach().flatten(2).mean(2, dtype=precision) if values.ndim > 2 else values.detach()
         self.total = self.total + means.sum(0, dtype=torch.float64).to(self.total.device)
         self.count = self.count + len(values)
+
+    @override
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric has seen, which stays as it is.
+
+        Args:
+            incoming_state: Metric of as many channels, or its ``metric_state``.
+
+        Raises:
+            ValueError: If it is something else, or has another number of channels.
+        """
+        state = incoming_state.metric_state if isinstance(incoming_state, StreamingMean) else incoming_state
+        if not isinstance(state, dict) or not self._defaults.keys() <= state.keys():
+            raise ValueError(f"Expected a StreamingMean or its `metric_state` but got {type(incoming_state).__name__}.")
+        count, total = (torch.as_tensor(state[name]).to(self.total) for name in ("count", "total"))
+        if total.shape != self.total.shape:
+            raise ValueError(f"Expected a mean of {self.channels} channels but got one of {total.shape[-1]}.")
+        self.count, self.total = self.count + count, self.total + total
+        self._update_count += 1
+        self._computed = None
 
     @override
     def compute(self) -> Tensor:

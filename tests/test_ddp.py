@@ -1,0 +1,588 @@
+"""Pruning in several processes: what they see together, one cut, one network afterwards; nobody waits for one that failed."""
+
+import contextlib
+import copy
+import multiprocessing
+import os
+import queue
+import socket
+import traceback
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Callback, LightningModule, seed_everything
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+
+from lit_compress import ranks
+from lit_compress.callbacks import PFAPruning, pruning
+from lit_compress.statistics import StreamingMean, gather_covariances
+from lit_compress.statistics.gather import in_order
+from tests.modules import (
+    At,
+    Small,
+    Theirs,
+    digits,
+    every_epoch,
+    everything,
+    fit_theirs,
+    new_trainer,
+    rng_states,
+    same,
+    small_loaders,
+    val_loader,
+    without_times,
+)
+
+SECONDS = 90  # after which a test fails instead of waiting for a rank that hangs
+
+
+# ---------------------------------------------------------------- processes that stay, since starting one takes seconds
+
+
+def _serve(rank, size, port, tasks, results):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"GROUP_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)  # as Lightning finds it
+    while (task := tasks.get()) is not None:
+        function, arguments = task
+        try:
+            results.put((rank, True, function(*arguments)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+
+
+class Processes:
+    """Runs a function on every rank of a gloo group and returns what each has returned."""
+
+    def __init__(self, size):
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.tasks, self.results = [context.Queue() for _ in range(size)], context.Queue()
+        self.processes = [
+            context.Process(target=_serve, args=(rank, size, port, self.tasks[rank], self.results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, function, *arguments):
+        for tasks in self.tasks:
+            tasks.put((function, arguments))
+        found = {}
+        try:
+            while len(found) < len(self.tasks):
+                rank, fine, result = self.results.get(timeout=SECONDS)
+                assert fine, f"Rank {rank}: {result}"
+                found[rank] = result
+        except queue.Empty:
+            self.stop()
+            pytest.fail(f"Only ranks {sorted(found)} came back within {SECONDS} s.")
+        except AssertionError:
+            self.stop()
+            raise
+        return [found[rank] for rank in sorted(found)]
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    @property
+    def alive(self):
+        return all(process.is_alive() for process in self.processes)
+
+
+@pytest.fixture(scope="module")
+def pools():
+    held = {}
+    yield held
+    for pool in held.values():
+        pool.stop()
+
+
+@pytest.fixture
+def processes(pools):
+    """`processes(2)` runs functions on two ranks."""
+
+    def get(size):
+        if size not in pools or not pools[size].alive:
+            pools[size] = Processes(size)
+        return pools[size]
+
+    return get
+
+
+THREE = pytest.param(3, marks=pytest.mark.long)
+
+
+# ---------------------------------------------------------------- what they run
+
+
+class Plain(LightningModule):
+    """Convolutions with batch norm and nothing that draws random numbers, so that a training can be done again by hand."""
+
+    def __init__(self, unused=False):
+        super().__init__()
+        torch.manual_seed(5)
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+            nn.Conv2d(12, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10),
+        )  # fmt: skip
+        self.unused = nn.Linear(3, 3) if unused else None
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+
+
+class Seen(Callback):
+    """Keeps the batches of an epoch, and network and optimizer right before its first."""
+
+    def __init__(self, epoch):
+        self.epoch, self.batches, self.start = epoch, [], None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == self.epoch:
+            if self.start is None:
+                self.start = weights(pl_module), copy.deepcopy(trainer.optimizers[0].state_dict())
+            self.batches.append(batch)
+
+
+def weights(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def ddp_trainer(folder, *callbacks, **options):
+    size = ranks.world_size()
+    several = {"strategy": "ddp", "devices": size} if size > 1 else {}
+    return new_trainer(folder, *callbacks, **{**several, **options})
+
+
+def only_weights_that_ranks_share(state):
+    return {name: value for name, value in state.items() if "running" not in name and "tracked" not in name}
+
+
+def cut_at_once(folder, options, module=Theirs, count=287):
+    """Recipe, reports and weights right after a cut before any training."""
+    seed_everything(1, verbose=False)
+    callback, seen = PFAPruning(at_epoch=0, **options), Seen(0)
+    torch.manual_seed(7)
+    model = module()
+    trainer = ddp_trainer(folder, callback, seen, max_epochs=1, logger=CSVLogger(folder))
+    trainer.fit(model, DataLoader(digits(0, count), 32, shuffle=True), val_loader())
+    report = callback.reports[0]
+    return report.recipe.to_dict(), dict(report.before.metrics), dict(report.after.metrics), seen.start[0]
+
+
+@pytest.mark.parametrize("size", [2, THREE])
+@pytest.mark.parametrize("options", [{}, {"energy": 0.9, "max_samples": 151, "compensate": True}], ids=["kl", "energy"])
+def test_any_number_of_processes_gives_the_same_recipe_from_the_same_data(processes, size, options, tmp_path):
+    recipe, before, after, alone = cut_at_once(tmp_path / "one", options)
+    assert any(width < 12 for width in map(len, recipe["keep"].values()))  # something was cut
+    for theirs in processes(size)(cut_at_once, tmp_path / "several", options):
+        assert theirs[0] == recipe
+        for name, value in alone.items():
+            torch.testing.assert_close(theirs[3][name], value, rtol=1e-5, atol=1e-6)
+        # 150 validation samples divide by 2 and 3, so that no sampler repeats one; losses are sums of each rank's samples.
+        for ours, found in ((before, theirs[1]), (after, theirs[2])):
+            assert found.keys() == ours.keys()
+            for name in ("val/right", "val/area", "val/mean", "val/loss"):
+                assert found[name] == pytest.approx(ours[name], rel=1e-4), name
+            assert found["val/total"] == pytest.approx(ours["val/total"] / size, rel=1e-4)
+    assert len(list((tmp_path / "several").rglob("summary.json"))) == 1
+
+
+def train_on(folder, batch, epochs, count, strategy):
+    """Weights after the last epoch, of which the batches are kept as well."""
+    model, seen = Plain(unused=bool(strategy.get("find_unused_parameters"))), Seen(epochs - 1)
+    callback = PFAPruning(at_epoch=epochs - 1, energy=0.9, evaluate=False)
+    trainer = ddp_trainer(folder, callback, seen, max_epochs=epochs, strategy=DDPStrategy(**strategy))
+    inside = []
+    seen.on_train_batch_end = lambda *args: inside.append(only_weights_that_ranks_share(weights(model)))
+    trainer.fit(model, DataLoader(digits(0, count), batch, shuffle=True), val_loader())
+    return callback.reports[0].recipe.widths, seen.start, seen.batches, weights(model), inside[-len(seen.batches) :]
+
+
+def by_hand(start, batches_of_ranks, widths, steps):
+    """Train one network on the mean of the ranks' gradients."""
+    model = Plain()
+    state, optimizer_state = start
+    model.net[0] = nn.Conv2d(1, widths["net.0"], 3, padding=1)
+    model.net[1] = nn.BatchNorm2d(widths["net.0"])
+    model.net[3] = nn.Conv2d(widths["net.0"], widths["net.3"], 3, padding=1)
+    model.net[4] = nn.BatchNorm2d(widths["net.3"])
+    model.net[8] = nn.Linear(4 * widths["net.3"], widths["net.8"])
+    model.net[10] = nn.Linear(widths["net.8"], 10)
+    model.load_state_dict({name: value for name, value in state.items() if not name.startswith("unused")})
+    parameters = list(model.parameters())
+    momenta = [optimizer_state["state"][index]["momentum_buffer"].clone() for index in range(len(parameters))]
+    for step in range(steps):
+        parts = []
+        for batches in batches_of_ranks:
+            inputs, labels = batches[step]
+            parts.append(torch.autograd.grad(F.cross_entropy(model.net(inputs), labels), parameters))
+        with torch.no_grad():
+            for parameter, momentum, *grads in zip(parameters, momenta, *parts, strict=True):
+                momentum.mul_(0.9).add_(sum(grads) / len(grads))
+                parameter.sub_(0.02 * momentum)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "count"),
+    [(2, 16, 200), pytest.param(2, 13, 1300, marks=pytest.mark.long), pytest.param(3, 8, 1201, marks=pytest.mark.long)],
+)
+@pytest.mark.parametrize(
+    "strategy", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True, "static_graph": True}], ids=str
+)
+def test_after_the_cut_every_rank_takes_the_step_of_the_averaged_gradient(processes, size, batch, count, strategy, tmp_path):
+    found = processes(size)(train_on, tmp_path, batch, 2, count, strategy)
+    widths, start, batches, end, inside = found[0]
+    assert len(batches) >= (50 if count > 1000 else 6)
+    assert not same(batches[0], found[1][2][0])  # each rank has data of its own
+    for theirs in found[1:]:
+        assert theirs[0] == widths
+        assert len(theirs[4]) == len(batches)
+        assert same(theirs[4], inside)  # bit for bit, after every step
+        assert same(only_weights_that_ranks_share(theirs[1][0]), only_weights_that_ranks_share(start[0]))
+    ours = by_hand(start, [theirs[2] for theirs in found], widths, len(batches))
+    assert not any(torch.equal(end[name], start[0][name]) for name in ("net.0.weight", "net.3.weight", "net.8.weight"))
+    for name, value in ours.named_parameters():
+        torch.testing.assert_close(end[name], value.data, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------- failures
+
+
+class Broken(Dataset):
+    """Digits that one rank cannot read."""
+
+    def __init__(self):
+        self.digits = digits(0, 100)
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        if ranks.rank() == 1 and index > 60:
+            raise OSError("the disk is gone")
+        return self.digits[index]
+
+
+def _fails_on_one_rank(where, monkeypatch):
+    """Something goes wrong on rank 1 alone."""
+    if ranks.rank() != 1:
+        return
+
+    def fail(*args, **kwargs):
+        raise RuntimeError(f"no {where} today")
+
+    original = Plain.validation_step
+    calls = []
+
+    def later(self, batch, batch_idx):
+        calls.append(batch_idx)
+        if len(batch[0]) == 11:  # the last batch of the validation data, not of the analysis
+            fail()
+        return original(self, batch, batch_idx)
+
+    tried = []
+
+    def stops_training(*args):
+        tried.append(args)
+        return None if len(tried) == 1 else RuntimeError("no training_step today")
+
+    patches = {
+        "choose": (PFAPruning, "choose", fail),
+        "self-check": (pruning, "cut", fail),
+        "training_step": (pruning, "training_error", stops_training),
+        "validation": (Plain, "validation_step", later),
+        "mean": (StreamingMean, "update", fail),
+    }
+    if where in patches:
+        monkeypatch.setattr(*patches[where])
+
+
+def fail_then_go_on(folder, where):
+    """Try to cut while something fails on rank 1; then train on, and cut after all."""
+    told = []
+
+    def try_it(trainer, module):
+        attempt = PFAPruning(energy=0.9, compensate=True, loader=DataLoader(Broken(), 25) if where == "data" else None)
+        attempt.schedule.resolve(2)
+        before = everything(trainer, module)
+        with pytest.MonkeyPatch.context() as patch:
+            _fails_on_one_rank(where, patch)
+            try:
+                attempt.cut_now(trainer, module)
+            except Exception as error:
+                told.append(f"{type(error).__name__}: {error}")
+        after = everything(trainer, module)
+        told.append([key for key in before if not same(before[key], after[key])])
+        told.append((attempt.reports, attempt.schedule.cuts, trainer.strategy.model.module is module))
+
+    callbacks = [At(1, try_it)] if where else []
+    model = Plain()
+    callback = PFAPruning(at_epoch=2, energy=0.9)
+    seed_everything(2, verbose=False)
+    ddp_trainer(folder, *callbacks, callback, max_epochs=3).fit(
+        model, DataLoader(digits(0, 150), 16, shuffle=True), DataLoader(digits(1000, 150), 64)
+    )
+    return told, weights(model), callback.reports[0].recipe.to_dict()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pools, tmp_path_factory):
+    if 2 not in pools or not pools[2].alive:
+        pools[2] = Processes(2)
+    return pools[2](fail_then_go_on, tmp_path_factory.mktemp("undisturbed"), None)
+
+
+@pytest.mark.parametrize("where", ["choose", "self-check", "training_step", "validation", "mean", "data"])
+def test_what_fails_on_one_rank_fails_on_all_and_changes_nothing(processes, undisturbed, where, tmp_path):
+    found = processes(2)(fail_then_go_on, tmp_path, where)
+    text = "the disk is gone" if where == "data" else "no training_step" if where == "training_step" else f"no {where} today"
+    for rank, (told, _, _) in enumerate(found):
+        error, changed, kept = told
+        assert text in error
+        assert error.startswith("OtherRankError: Rank 1 failed: ") == (rank == 0)
+        assert changed == []
+        assert kept == ([], [], True)
+    # The wrapper still works: the run ends as one in which nothing was tried.
+    for theirs, ours in zip(found, undisturbed, strict=True):
+        assert same(theirs[1:], ours[1:])
+
+
+class Peeks(PFAPruning):
+    """Looks at the running statistics that the analysis has seen, and does not go on."""
+
+    def choose(self, analysis):
+        self.seen = self.module.net[1].running_mean.clone()
+        raise ValueError("seen enough")
+
+
+def statistics_of_a_failed_cut(folder):
+    model, peeks, found = Plain(), Peeks(), []
+
+    def look(trainer, module):
+        peeks.module = module
+        before = module.net[1].running_mean.clone()
+        with pytest.raises(ValueError, match="seen enough"):
+            peeks.cut_now(trainer, module)
+        found.extend([before, peeks.seen, module.net[1].running_mean.clone()])
+
+    options = {"max_epochs": 2, "limit_val_batches": 0}  # a validation would bring the ranks' statistics together
+    ddp_trainer(folder, At(1, look), **options).fit(model, DataLoader(digits(0, 100), 16, shuffle=True))
+    return found
+
+
+def test_all_ranks_analyse_the_network_of_the_first_and_have_their_own_back(processes, tmp_path):
+    (one, seen_by_one, one_after), (other, seen_by_other, other_after) = processes(2)(statistics_of_a_failed_cut, tmp_path)
+    assert not torch.equal(one, other)  # or this shows nothing
+    assert torch.equal(seen_by_one, one)
+    assert torch.equal(seen_by_other, one)
+    assert torch.equal(one_after, one)
+    assert torch.equal(other_after, other)
+
+
+def _nested_failures():
+    told = []
+    for guilty in (0, 1):
+        try:
+            with ranks.as_one(), ranks.as_one():
+                ranks.share("together")
+                try:
+                    with ranks.as_one():
+                        if ranks.rank() == guilty:
+                            raise KeyError("mine")
+                        ranks.share("another")
+                        ranks.share("never reached")
+                except KeyError as error:
+                    raise ValueError("said better") from error
+        except ValueError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    told.append(ranks.share(ranks.rank()))
+    return told
+
+
+def test_a_failure_is_told_once_however_deep_it_happens(processes):
+    other = "OtherRankError: Rank {} failed: KeyError: 'mine'"
+    mine = "ValueError: said better"
+    assert processes(2)(_nested_failures) == [[mine, other.format(1), [0, 1]], [other.format(0), mine, [0, 1]]]
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def whole_and_resumed(folder, first, resume_at):
+    def run(name, callbacks, ckpt_path=None):
+        size = ranks.world_size()
+        return fit_theirs(folder / name, *callbacks, ckpt_path=ckpt_path, strategy="ddp", devices=size, precision="32-true")
+
+    if first:
+        apart = At(0, lambda trainer, module: torch.rand(1 + ranks.rank()))  # Lightning seeds all ranks alike
+        module, trainer = run("whole", [PFAPruning(at_epoch=3, energy=0.9), apart, every_epoch(folder)])
+    else:
+        path = str(folder / f"epoch={resume_at}.ckpt")
+        module, trainer = run("resumed", [PFAPruning(at_epoch=3, energy=0.9)], path)
+    state = without_times(trainer.callbacks[0].state_dict())
+    return weights(module), trainer.optimizers[0].state_dict(), state, rng_states()
+
+
+def test_a_resumed_run_of_two_processes_ends_bit_for_bit_as_one_that_never_stopped(processes, tmp_path):
+    whole = processes(2)(whole_and_resumed, tmp_path, True, None)
+    assert not same(whole[0][3], whole[1][3])  # each rank draws its own random numbers
+    for epoch in (2, 4):  # before the cut and after it
+        resumed = processes(2)(whole_and_resumed, tmp_path, False, epoch)
+        for theirs, ours in zip(resumed, whole, strict=True):
+            assert same(theirs, ours)
+    seed_everything(3, verbose=False)
+    with pytest.warns(UserWarning, match=r"PFAPruning does not restore .* those of 2 process\(es\) and the Trainer has 1"):
+        fit_theirs(tmp_path, PFAPruning(at_epoch=3, energy=0.9), ckpt_path=str(tmp_path / "epoch=4.ckpt"), precision="32-true")
+
+
+# ---------------------------------------------------------------- what each rank reads
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("max_samples", [None, 7])
+def test_ranks_share_out_the_samples_and_read_each_once(size, max_samples):
+    loader = DataLoader(list(range(20)), batch_size=3, shuffle=True)
+    parts = [in_order(loader, max_samples=max_samples, rank=rank, world_size=size) for rank in range(size)]
+    read = [torch.cat(list(part)).tolist() for part in parts]
+    alone = torch.cat(list(in_order(loader, max_samples=max_samples))).tolist()
+    assert sorted(sample for samples in read for sample in samples) == sorted(alone)
+    assert max(map(len, read)) - min(map(len, read)) <= 1
+
+
+def test_a_rank_may_have_nothing_to_read():
+    loader = DataLoader(list(range(2)), batch_size=3)
+    assert list(in_order(loader, rank=2, world_size=3)) == []
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from digits(0, 40)
+
+
+def test_what_cannot_be_shared_out_is_left_as_it_is():
+    weighted = DataLoader(digits(0, 40), 8, sampler=WeightedRandomSampler([1.0] * 40, 40))
+    for loader in (weighted, DataLoader(Stream(), 8)):
+        assert in_order(loader, rank=1, world_size=2) is loader
+
+
+def _gather(by_rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    batches = torch.randn(30, 4).split(by_rank)
+    means = {"2": StreamingMean(5, sync_on_compute=False)}
+    found = gather_covariances(
+        model, batches[ranks.rank() :: 2] if ranks.world_size() > 1 else batches, {"0": 5}, model, means=means
+    )
+    return int(found["0"].count), found["0"].compute(), means["2"].compute()
+
+
+def _all_have_nothing():
+    try:
+        gather_covariances(nn.Linear(2, 2), [], {"": 2}, lambda batch: batch)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("by_rank", [[17, 13], [30]], ids=str)  # of one batch, rank 1 has none
+def test_all_ranks_hold_what_all_have_seen(processes, by_rank):
+    count, covariance, mean = _gather(by_rank)
+    found = processes(2)(_gather, by_rank)
+    assert same(found[0], found[1])
+    assert found[0][0] == count == 30
+    torch.testing.assert_close(found[0][1], covariance, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[0][2], mean, rtol=1e-6, atol=1e-9)
+    assert all("gave no batch" in text for text in processes(2)(_all_have_nothing))
+
+
+def cut_from_a_stream(folder):
+    callback = PFAPruning(at_epoch=0, energy=0.9, evaluate=False, loader=DataLoader(Stream(), 8))
+    model = Plain()
+    with pytest.warns(UserWarning, match="cannot share out its data") if ranks.rank() == 0 else contextlib.nullcontext():
+        ddp_trainer(folder, callback, max_epochs=1).fit(model, DataLoader(digits(0, 64), 16), val_loader())
+    return callback.reports[0].recipe.to_dict(), only_weights_that_ranks_share(weights(model))
+
+
+def test_a_stream_is_read_by_every_rank_with_a_warning(processes, tmp_path):
+    one, other = processes(2)(cut_from_a_stream, tmp_path)
+    assert one[0]["keep"]
+    assert same(one, other)
+
+
+# ---------------------------------------------------------------- deciding together
+
+
+class Opinions(Small):
+    """Logs, without a sync, a loss that improves on rank 0 alone; asks other ranks in its steps."""
+
+    def validation_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        assert self.all_gather(logits.sum()).numel() == ranks.world_size()
+        sign = -1 if self.global_rank == 0 else 1
+        self.log("val/loss", float(sign * self.current_epoch))
+
+
+def cut_when_converged(folder):
+    callback = PFAPruning(when="converged", patience=2, energy=0.9)
+    ddp_trainer(folder, callback, max_epochs=6).fit(Opinions(), *small_loaders())
+    return callback.schedule.cuts
+
+
+def test_ranks_that_see_different_losses_cut_before_the_same_epoch(processes, tmp_path):
+    # The mean over ranks is 0 in every epoch: best at 0, stale at 1 and 2.
+    assert processes(2)(cut_when_converged, tmp_path) == [[3], [3]]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _trainer_of(strategy):
+    return SimpleNamespace(strategy=strategy, world_size=2, global_step=0, max_epochs=4, fast_dev_run=False)
+
+
+def test_allows_one_device_and_ddp():
+    for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy()):
+        PFAPruning().setup(_trainer_of(strategy), Small(), "fit")
+
+
+def test_refuses_other_strategies_by_name():
+    class Tower:
+        """A strategy of somebody's own."""
+
+    with pytest.raises(MisconfigurationException, match="2 processes under Tower"):
+        PFAPruning().setup(_trainer_of(Tower()), Small(), "fit")
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_refuses_processes_that_hand_their_weights_back(start):
+    with pytest.raises(MisconfigurationException, match=f"DDPStrategy starts its processes by '{start}'.* Run a script"):
+        PFAPruning().setup(_trainer_of(DDPStrategy(start_method=start)), Small(), "fit")
+
+
+def test_refuses_a_communication_hook_that_keeps_a_state():
+    with pytest.raises(MisconfigurationException, match="keeps a state, dict, of the gradients' sizes"):
+        PFAPruning().setup(_trainer_of(DDPStrategy(ddp_comm_state={})), Small(), "fit")
