@@ -486,7 +486,6 @@ def test_refuses_contradictions_when_it_is_made(options, text):
         ({}, {"max_epochs": -1, "max_steps": 5}, "has no `max_epochs`"),
         ({"exclude": ["net.9"]}, {}, r"Pattern 'net\.9' matches no module of Small"),
         ({"include": ["layer1.*"]}, {}, r"Pattern 'layer1\.\*' matches no module of Small"),
-        ({}, {"strategy": "ddp", "devices": 1}, 'DDPStrategy wraps it and uses 1. Set `devices=1, strategy="auto"`'),
     ],
     ids=str,
 )
