@@ -15,8 +15,9 @@ from torch import nn
 
 from lit_compress import rng
 from lit_compress.labels import FIXED
-from lit_compress.skips import PadPoint, SumPoint
-from lit_compress.tracing import LabelMode, Vector, WeightUse, named_tensors
+from lit_compress.operations import LabelMode
+from lit_compress.skips import PadPoint, SumPoint, Vector
+from lit_compress.tracing import WeightUse, named_tensors
 
 Forward: TypeAlias = Callable[[], Any]
 
