@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze, matches
+from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
+from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
 from lit_compress.callbacks.schedule import CutSchedule
 from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
-from lit_compress.checkpoint import rebuild, write_plan
+from lit_compress.checkpoint import write_plan
 from lit_compress.graph import evaluating
 from lit_compress.plan import Plan, plan_of
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
 from lit_compress.report import count_parameters, measure_latency
-from lit_compress.slicing import all_tensors, set_data
 from lit_compress.statistics.gather import batch_size, first_samples
 from lit_compress.surgery import cut, plan_for
 
@@ -157,7 +151,7 @@ class PruningCallback(Callback, ABC):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and see to it that a checkpoint of the cut network finds room for its weights."""
-        _keep_plan_in_checkpoints(pl_module)
+        keep_plan_in_checkpoints(pl_module)
         if stage != "fit":
             return
         self._resumed_rng = self._validated = None
@@ -191,7 +185,7 @@ class PruningCallback(Callback, ABC):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (states := self._own_rng(trainer)) is not None:
-            _resume_rng(trainer, states)
+            resume_rng(trainer, states)
         if self._validated is not None:  # resumed from between a validation and the end of its epoch
             self.schedule.watch(self._validated)
             self._validated = None
@@ -284,8 +278,8 @@ class PruningCallback(Callback, ABC):
                 _refuse_disagreement(plan)
                 followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
                 before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
-                averages = _averages(trainer)
-            with rewrapped(trainer, pl_module), as_one(), _all_or_nothing([pl_module, *averages], trainer.optimizers):
+                averages = averages_of(trainer)
+            with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], trainer.optimizers):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
                     pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph,
@@ -314,7 +308,7 @@ class PruningCallback(Callback, ABC):
         with as_one(), rng.isolated():
             report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
         if plan.keep:
-            _forget_bests(trainer)
+            forget_bests(trainer)
         else:
             rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
 
@@ -340,57 +334,6 @@ def _refuse_disagreement(plan: Plan) -> None:
         )
 
 
-def _averages(trainer: Trainer) -> list[nn.Module]:
-    """Copies of the module that other callbacks keep to average its weights over time."""
-    kept = [vars(callback).get("_average_model") for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    return [average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None]
-
-
-def _forget_bests(trainer: Trainer) -> None:
-    """Let the callbacks that look for the best network begin again."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            callback.best_k_models, callback.kth_best_model_path = {}, ""
-            callback.best_model_path, callback.best_model_score = "", None
-            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        elif isinstance(callback, EarlyStopping):
-            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-            callback.wait_count = 0
-
-
-@contextmanager
-def _all_or_nothing(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """If anything fails inside, networks and optimizers are put back to what they were. No tensor is copied for it."""
-    found = {tensor: None for network in networks for tensor in all_tensors(network).values()}
-    tensors = [(tensor, tensor.data, tensor.grad) for tensor in found]
-    modules = [
-        (module, type(module), dict(vars(module)), dict(module._parameters), dict(module._buffers))
-        for network in networks
-        for module in network.modules()
-    ]
-    states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
-    try:
-        yield
-    except BaseException:
-        for module, kind, attributes, parameters, buffers in modules:
-            module.__class__ = kind
-            _refill(vars(module), attributes)
-            _refill(module._parameters, parameters)
-            _refill(module._buffers, buffers)
-        for tensor, data, grad in tensors:
-            tensor.grad = None
-            set_data(tensor, data)
-            tensor.grad = grad
-        for state, before in states:
-            _refill(state, before)
-        raise
-
-
-def _refill(present: dict[str, Any], before: dict[str, Any]) -> None:
-    present.clear()
-    present.update(before)
-
-
 def _refuse_training(pl_module: LightningModule, analysis: Analysis, error: Exception) -> None:
     unseen = ", ".join(map(repr, analysis.graph.unused[:3]))
     raise ValueError(
@@ -398,63 +341,3 @@ def _refuse_training(pl_module: LightningModule, analysis: Analysis, error: Exce
         f"`validation_step`{f', which does not run {unseen}' if unseen else ''}. Run the same layers in both, or leave the "
         "layers that feed them out with `exclude`."
     ) from error
-
-
-def _keep_plan_in_checkpoints(pl_module: LightningModule) -> None:
-    """Let the module note in each checkpoint what was cut, and be cut to a checkpoint's sizes before the weights load.
-
-    A callback's own load hooks run after the weights, and its save hooks not at all for a file of weights alone. The module's get
-    the whole checkpoint, always. They are methods bound to the instance, so that copies and pickles of the module hold their own.
-    """
-    for hook in (on_load_checkpoint, on_save_checkpoint):
-        own = vars(pl_module).get(hook.__name__)
-        if getattr(own, "__func__", None) is hook:
-            continue
-        if own is not None:  # somebody else's, on the instance as well
-            vars(pl_module)[f"_lit_compress_{hook.__name__}"] = own
-        vars(pl_module)[hook.__name__] = types.MethodType(hook, pl_module)
-
-
-# Named as on the module: a bound method is pickled by its name.
-def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Cut the module to the sizes of the checkpoint, before its weights load."""
-    for network in [self, *(() if self._trainer is None else _averages(self._trainer))]:
-        rebuild(network, checkpoint)
-    own = vars(self).get("_lit_compress_on_load_checkpoint")
-    type(self).on_load_checkpoint(self, checkpoint) if own is None else own(checkpoint)
-
-
-def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Note in the checkpoint what was cut."""
-    write_plan(self, checkpoint)
-    own = vars(self).get("_lit_compress_on_save_checkpoint")
-    type(self).on_save_checkpoint(self, checkpoint) if own is None else own(checkpoint)
-
-
-def _resume_rng(trainer: Trainer, states: Mapping[str, Any]) -> None:
-    """Go on with the random numbers where the checkpoint was written, so that a resumed run is the same run.
-
-    The Trainer has made the iterator of a resumed epoch before this, with other random numbers. It is made again where an
-    uninterrupted run makes it: after the hooks at the start of the epoch, right before the first batch.
-    """
-    rng.restore(states)
-    loop = trainer.fit_loop
-    fetcher = loop._data_fetcher
-    if fetcher is None or not (getattr(loop, "is_resuming", False) or loop.epoch_loop.restarting):
-        return
-    if fetcher.length is None:  # it has fetched ahead, to see the end come
-        iter(fetcher)
-    else:
-        fetcher.iterator = _Later(fetcher)
-
-
-class _Later(Iterator[Any]):
-    """An iterator over a fetcher's loader that is made when the first batch is asked for."""
-
-    def __init__(self, fetcher: Any) -> None:
-        self._fetcher = fetcher
-
-    @override
-    def __next__(self) -> Any:
-        self._fetcher.iterator = iter(self._fetcher.combined_loader)
-        return next(self._fetcher.iterator)

@@ -1,0 +1,67 @@
+"""What else in a Trainer must follow a cut, or be put back when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from lit_compress.slicing import all_tensors, set_data
+
+
+def averages_of(trainer: Trainer) -> list[nn.Module]:
+    """Copies of the module that other callbacks keep to average its weights over time."""
+    kept = [vars(callback).get("_average_model") for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None]
+
+
+def forget_bests(trainer: Trainer) -> None:
+    """Let the callbacks that look for the best network begin again."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models, callback.kth_best_model_path = {}, ""
+            callback.best_model_path, callback.best_model_score = "", None
+            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        elif isinstance(callback, EarlyStopping):
+            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            callback.wait_count = 0
+
+
+@contextmanager
+def all_or_nothing(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """If anything fails inside, networks and optimizers are put back to what they were. No tensor is copied for it."""
+    found = {tensor: None for network in networks for tensor in all_tensors(network).values()}
+    tensors = [(tensor, tensor.data, tensor.grad) for tensor in found]
+    modules = [
+        (module, type(module), dict(vars(module)), dict(module._parameters), dict(module._buffers))
+        for network in networks
+        for module in network.modules()
+    ]
+    states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, parameters, buffers in modules:
+            module.__class__ = kind
+            _refill(vars(module), attributes)
+            _refill(module._parameters, parameters)
+            _refill(module._buffers, buffers)
+        for tensor, data, grad in tensors:
+            tensor.grad = None
+            set_data(tensor, data)
+            tensor.grad = grad
+        for state, before in states:
+            _refill(state, before)
+        raise
+
+
+def _refill(present: dict[str, Any], before: dict[str, Any]) -> None:
+    present.clear()
+    present.update(before)
