@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.page import Section, main
-from benchmarks.subjects import resnet56
+from benchmarks.subjects import observations, resnet56
 from benchmarks.timing import Candidate, interleaved, ratio_text, threads
 from lit_compress import analyze
 from lit_compress.graph import evaluating, trace
+from lit_compress.skips import Tap
 from lit_compress.statistics import gather_covariances
 
 PASS = "gather_covariances"
@@ -23,16 +24,16 @@ def measure(quick: bool, rounds: int | None) -> Section:
     name, net, images = resnet56(quick=quick, batch=batch)
     batches = [images + 0.1 * shift for shift in range(2 if quick else 6)]
     graph = trace(net, lambda: net(images[:1]))
-    layers = {name: len(graph.layers[name].classes) for group in graph.groups() for name in group.members}
+    layers, taps = observations(graph)
     tables, verdicts = {}, []
     for count in (1, 2):
         with threads(count):
             compared = interleaved(
                 Candidate("plain evaluation pass", lambda _: evaluation_pass(net, batches)),
                 [
-                    Candidate(PASS, lambda _: gather_covariances(net, batches, layers, net)),
+                    Candidate(PASS, lambda _: gather_covariances(net, batches, layers, net, taps=taps)),
                     Candidate("analyze: trace, pass and spectra", lambda _: analyze(net, batches)),
-                    Candidate("keeping all responses, then torch.cov", lambda _: kept_responses(net, batches, layers)),
+                    Candidate("keeping all responses, then torch.cov", lambda _: kept_responses(net, batches, layers, taps)),
                 ],
                 rounds=rounds or (2 if quick else 10),
             )
@@ -59,15 +60,21 @@ def evaluation_pass(net: nn.Module, batches: Iterable[Tensor]) -> None:
             net(batch)
 
 
-def kept_responses(net: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, int]) -> dict[str, Tensor]:
-    """The obvious way: keep each layer's responses to all samples, and ask for their covariance."""
+def kept_responses(
+    net: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, int], taps: Mapping[str, Tap]
+) -> dict[str, Tensor]:
+    """The obvious way: keep the responses to all samples, and ask for their covariance."""
     responses: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def listen(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        return layer.register_forward_hook(lambda module, inputs, output: responses[name].append(output.flatten(2).amax(2)))
+    def listen(name: str) -> torch.utils.hooks.RemovableHandle:
+        tap = taps.get(name, Tap(name))
+        module = net.get_submodule(tap.module)
+        keep = responses[name].append
+        if tap.side == "input":
+            return module.register_forward_pre_hook(lambda module, inputs: keep(inputs[tap.position].flatten(2).amax(2)))
+        return module.register_forward_hook(lambda module, inputs, output: keep(output.flatten(2).amax(2)))
 
-    modules = dict(net.named_modules())
-    handles = [listen(name, modules[name]) for name in layers]
+    handles = [listen(name) for name in layers]
     evaluation_pass(net, batches)
     for handle in handles:
         handle.remove()

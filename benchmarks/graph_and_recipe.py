@@ -74,6 +74,8 @@ def _compared(net: nn.Module, images: Tensor, rounds: int) -> Comparison:
 
 def _analysis(net: nn.Module, graph: ChannelGraph, covariances: Covariances) -> Analysis:
     spectra, whole = group_spectra(graph, covariances)
+    if len(spectra) < len(graph.groups()):
+        raise RuntimeError(f"Groups without a spectrum would be timed as if they cost nothing: {whole}.")
     return Analysis(graph, spectra, whole, samples=1, example_batch=1, parameters=count_parameters(net), before=None)
 
 

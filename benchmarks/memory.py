@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from benchmarks.analysis_pass import evaluation_pass, kept_responses
 from benchmarks.page import ROOT, Section, main
-from benchmarks.subjects import resnet56
+from benchmarks.subjects import observations, resnet56
 from benchmarks.timing import threads
 from lit_compress import analyze
+from lit_compress.graph import ChannelGraph, trace
 
-# What a process of its own runs on a network, batches and the widths of its convolutions.
-KINDS: dict[str, Callable[[nn.Module, Iterable[Tensor], dict[str, int]], object]] = {
-    "plain evaluation pass": lambda net, batches, layers: evaluation_pass(net, batches),
-    "analyze": lambda net, batches, layers: analyze(net, batches),
-    "keeping all responses, then torch.cov": kept_responses,
+# What a process of its own runs on a network, batches and the network's graph.
+KINDS: dict[str, Callable[[nn.Module, Iterable[Tensor], ChannelGraph], object]] = {
+    "plain evaluation pass": lambda net, batches, graph: evaluation_pass(net, batches),
+    "analyze": lambda net, batches, graph: analyze(net, batches),
+    "keeping all responses, then torch.cov": lambda net, batches, graph: kept_responses(net, batches, *observations(graph)),
 }
 
 
@@ -93,11 +94,10 @@ def peak() -> float:
 
 def peaks_of(kind: str, marks: Sequence[int], batch: int, quick: bool) -> list[float]:
     """This process's peak memory in MiB after so many samples of a pass, and when it has ended."""
-    net = resnet56(quick=quick).net
-    layers = {name: module.out_channels for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    _, net, example = resnet56(quick=quick)
     images = Images(marks, batch)
     with threads(1):
-        KINDS[kind](net, images, layers)
+        KINDS[kind](net, images, trace(net, lambda: net(example)))
     return [*images.peaks, peak()]
 
 

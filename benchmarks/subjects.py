@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lit_compress import Recipe
 from lit_compress.graph import ChannelGraph
 from lit_compress.models import ResNetCIFAR
+from lit_compress.skips import Tap
+from lit_compress.spectra import observed, sum_name
 from lit_compress.statistics import StreamingCovariance
 
 PEER = "torch-pruning"
@@ -40,12 +42,19 @@ def resnet50(*, quick: bool = False, batch: int = 1) -> Subject:
     return Subject("ResNet-50, 224 px", torchvision.models.resnet50(weights=None).eval(), torch.randn(batch, 3, 224, 224))
 
 
+def observations(graph: ChannelGraph) -> tuple[dict[str, int], dict[str, Tap]]:
+    """What an analysis looks at: name to number of channels, and where to find those that are no layer's output."""
+    groups = [observed(graph, group) for group in graph.groups()]
+    channels = {name: len(position) for group in groups for name, position in group.members.items()}
+    taps = {sum_name(point.tap): point.tap for point in graph.sums if point.tap is not None}
+    return channels, {name: tap for name, tap in taps.items() if name in channels}
+
+
 def random_covariances(graph: ChannelGraph) -> dict[str, StreamingCovariance]:
-    """For each layer, covariances of mixed random responses of twice as many samples as it has channels."""
+    """For all that an analysis looks at, the covariance of mixed random responses of twice as many samples as channels."""
     generator = torch.Generator().manual_seed(0)
     covariances = {}
-    for name, layer in graph.layers.items():
-        channels = len(layer.classes)
+    for name, channels in observations(graph)[0].items():
         mixing = torch.randn(channels, channels, generator=generator)
         covariances[name] = StreamingCovariance(channels)
         covariances[name].update(torch.randn(2 * channels, channels, generator=generator) @ mixing)

@@ -14,6 +14,10 @@ sys.path.append(str(ROOT))
 
 from benchmarks import page, subjects  # noqa: E402
 from benchmarks.timing import Candidate, Comparison, Quartiles, Span, Timing, interleaved  # noqa: E402
+from lit_compress import analyze  # noqa: E402
+from lit_compress.graph import trace  # noqa: E402
+from lit_compress.spectra import group_spectra  # noqa: E402
+from lit_compress.statistics import gather_covariances  # noqa: E402
 
 BENCHMARKS = {
     path.stem: import_module(f"benchmarks.{path.stem}")
@@ -70,7 +74,7 @@ def test_the_network_of_the_peer_is_the_same_or_is_refused():
     cut_time = BENCHMARKS["cut_time"]
     peer = pytest.importorskip("torch_pruning")
     _, net, images = subjects.resnet56(quick=True)
-    graph = cut_time.trace(net, lambda: net(images))
+    graph = trace(net, lambda: net(images))
     inside = subjects.every_other_channel(graph, tied=False)
     assert inside.keep
     assert cut_time._peer_fails(peer, net, images, inside) == ""
@@ -83,6 +87,41 @@ def test_a_peer_that_is_not_installed_leaves_its_row(monkeypatch):
     theirs = [row for table in section.tables.values() for row in rows(table) if row[0].startswith("Torch-Pruning")]
     assert [row[1] for row in theirs] == ["not installed"] * 4
     assert section.settings["Torch-Pruning"] == "not installed"
+
+
+@pytest.mark.parametrize("subject", [subjects.resnet56, subjects.resnet50])
+def test_drawn_statistics_cover_all_that_an_analysis_looks_at(subject):
+    """What they leave out would be timed as if it cost nothing."""
+    _, net, images = subject(quick=True, batch=200)
+    graph = trace(net, lambda: net(images[:1]))
+    drawn, _ = group_spectra(graph, subjects.random_covariances(graph))
+    found = analyze(net, [images]).spectra
+    assert {name: len(spectrum.spectrum) for name, spectrum in drawn.items()} == {
+        name: len(spectrum.spectrum) for name, spectrum in found.items()
+    }
+    assert len(drawn) == len(graph.groups())
+    assert any(len(group.members) > 1 for group in graph.groups())
+
+
+def test_statistics_that_leave_a_group_out_are_refused():
+    _, net, images = subjects.resnet56(quick=True)
+    graph = trace(net, lambda: net(images))
+    covariances = subjects.random_covariances(graph)
+    covariances.popitem()
+    with pytest.raises(RuntimeError, match="Groups without a spectrum"):
+        BENCHMARKS["graph_and_recipe"]._analysis(net, graph, covariances)
+
+
+def test_keeping_all_responses_gives_what_the_pass_gives():
+    """Otherwise two times would stand side by side that are not of the same work."""
+    _, net, images = subjects.resnet56(quick=True, batch=20)
+    layers, taps = subjects.observations(trace(net, lambda: net(images)))
+    assert taps
+    kept = BENCHMARKS["analysis_pass"].kept_responses(net, images.split(8), layers, taps)
+    gathered = gather_covariances(net, images.split(8), layers, net, taps=taps)
+    assert kept.keys() == gathered.keys() == layers.keys()
+    for name, metric in gathered.items():
+        torch.testing.assert_close(kept[name], metric.compute(), rtol=1e-5, atol=1e-7)
 
 
 def test_memory_is_that_of_a_process_of_its_own():
