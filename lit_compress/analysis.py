@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
-from math import ceil
+from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,11 +20,11 @@ from lit_compress.plan import Plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.report import LayerRow, LayerTable, count_parameters
 from lit_compress.selection import pfa
-from lit_compress.skips import Vector
+from lit_compress.skips import Marks, Vector
 from lit_compress.spectra import GroupSpectrum, group_spectra, observed, sum_name
 from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather_covariances, in_order, to_device
 from lit_compress.statistics.mean import StreamingMean
-from lit_compress.surgery import ForwardFn, call, make_plan
+from lit_compress.surgery import ForwardFn, call, make_plan, removed_by
 
 
 class _Limits(NamedTuple):
@@ -106,12 +106,11 @@ class Analysis:
         chosen = self._chosen(include, exclude)
         if not targets:
             widths = {name: pfa.kl_width(found.spectrum) for name, found in chosen.items()}
-            return self._recipe(chosen, widths, limits, "pfa(kl)")
+            return self._recipe(self._removed(chosen, widths, limits), "pfa(kl)")
         ((name, value),) = targets.items()
         if name == "energy":
-            return self._recipe(chosen, _energy_widths(chosen, value), limits, f"pfa(energy={value:g})")
-        size = self.parameters if name == "keep_params" else self.mult_adds
-        return self._search(chosen, name, value, size, limits)
+            return self._recipe(self._removed(chosen, _energy_widths(chosen, value), limits), f"pfa(energy={value:g})")
+        return self._search(chosen, name, value, limits)
 
     def random_recipe(self, *, keep_params: float, seed: int) -> Recipe:
         """Random widths and random channels at a size, to compare a method with chance.
@@ -135,31 +134,29 @@ class Analysis:
             name: replace(found, order=torch.randperm(len(found.order), generator=generator), inactive=0)
             for name, found in self.spectra.items()
         }
-        label = f"random(keep_params={keep_params:g}, seed={seed})"
 
-        def at(power: float) -> Recipe:
+        def at(power: float) -> Marks:
             widths = {name: max(ceil(len(found.order) * drawn[name] ** power), 1) for name, found in shuffled.items()}
-            return self._recipe(shuffled, widths, _Limits(1, 1), label)
+            return self._removed(shuffled, widths, _Limits(1, 1))
 
         target, low, high = keep_params * self.original("parameters"), 0.0, 1e3
-        if self.parameters(at(high)) > target:
+        if self._parameters_without(at(high)) > target:
             raise ValueError(f"`keep_params={keep_params:g}` cannot be reached: one channel in each layer is more.")
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.parameters(at(middle)) <= target else (middle, high)
-        return at(high)
+            low, high = (low, middle) if self._parameters_without(at(middle)) <= target else (middle, high)
+        return self._recipe(at(high), f"random(keep_params={keep_params:g}, seed={seed})")
 
     def parameters(self, recipe: Recipe | None = None) -> int:
         """Trainable parameters of the network as analysed, or as a recipe would cut it."""
-        return self._parameters - self._removed_parameters(recipe)
+        return self._parameters_without(self._marks(recipe))
 
     def mult_adds(self, recipe: Recipe | None = None) -> int:
         """Mult-adds of convolutions and linear layers for one sample, as analysed or as a recipe would cut it.
 
         Products that hold no weight (attention) are not in it: no cut changes them.
         """
-        plan = None if recipe is None else make_plan(self.graph, recipe)
-        return sum(use.positions * _size(self.graph, plan, use.weight) for use in self.graph.uses) // self._batch
+        return self._mult_adds_without(self._marks(recipe))
 
     def original(self, size: Literal["parameters", "mult_adds"]) -> int:
         """The same figure for the network before anything was ever cut out of it."""
@@ -167,8 +164,8 @@ class Analysis:
             return self.parameters() if size == "parameters" else self.mult_adds()
         shapes = {**self.graph.shapes, **self._before.shapes}
         if size == "mult_adds":
-            return sum(use.positions * int(np.prod(shapes[use.weight])) for use in self.graph.uses) // self._batch
-        grown = [int(np.prod(shape)) - int(np.prod(self.graph.shapes[name])) for name, shape in self._before.shapes.items()
+            return sum(use.positions * prod(shapes[use.weight]) for use in self.graph.uses) // self._batch
+        grown = [prod(shape) - prod(self.graph.shapes[name]) for name, shape in self._before.shapes.items()
                  if name in self.graph.trainable]  # fmt: skip
         return self._parameters + sum(grown)
 
@@ -184,22 +181,22 @@ class Analysis:
         Raises:
             ValueError: If the recipe does not fit the network.
         """
-        plan = make_plan(self.graph, recipe)
+        removed = removed_by(self.graph, recipe)
         rows = []
         for name, layer in self.graph.layers.items():
             rows.append(
                 LayerRow(
                     name=name,
                     channels=len(layer.classes),
-                    kept=plan.recipe.widths.get(name, len(layer.classes)),
-                    parameters=int(np.prod(self.graph.shapes[layer.weight])),
-                    parameters_kept=_size(self.graph, plan, layer.weight),
+                    kept=int((~removed[layer.classes]).sum()),
+                    parameters=prod(self.graph.shapes[layer.weight]),
+                    parameters_kept=prod(self.graph.shape_without(layer.weight, removed)),
                     note=self._note(name),
                 )
             )
         sizes = {
-            "parameters": (self.parameters(), self.parameters(recipe)),
-            "mult-adds": (self.mult_adds(), self.mult_adds(recipe)),
+            "parameters": (self.parameters(), self._parameters_without(removed)),
+            "mult-adds": (self.mult_adds(), self._mult_adds_without(removed)),
         }
         return LayerTable(method=recipe.method, rows=tuple(rows), sizes=sizes)
 
@@ -218,18 +215,23 @@ class Analysis:
             and not any(matches(member, pattern) for pattern in exclude for member in found.group.members)
         }
 
-    def _recipe(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], limits: _Limits, method: str) -> Recipe:
+    def _removed(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], limits: _Limits) -> Marks:
+        """The classes that leave, if each group keeps about as many channels as ``widths`` says."""
         padded = {source for pad in self.graph.pads for source in pad.sources.tolist()}
-        gone: Vector = np.zeros(0, dtype=np.int64)
+        removed = self.graph.mark()
         # A padded block chooses among the channels whose slot in the skip stays, so the skips choose first.
         for name, found in sorted(chosen.items(), key=lambda item: not padded.isdisjoint(item[1].group.classes.tolist())):
-            available = torch.from_numpy(~np.isin(found.group.classes, gone))
+            available = torch.from_numpy(~removed[found.group.classes])
             stays = found.kept(widths[name], limits.min_width, limits.round_to, available).numpy()
             stays = self._with_a_slot_each(found, stays, available.numpy())
-            gone = self.graph.with_slots(np.append(gone, np.delete(found.group.classes, stays)))
+            removed[np.delete(found.group.classes, stays)] = True
+            self.graph.mark_slots(removed)
+        return removed
+
+    def _recipe(self, removed: Marks, method: str) -> Recipe:
         keep = {}
         for name, layer in self.graph.layers.items():
-            left = ~np.isin(layer.classes, gone)
+            left = ~removed[layer.classes]
             if layer.own and not left.all():
                 keep[name] = tuple(np.flatnonzero(left).tolist())
         original = {name: len(layer.classes) for name, layer in self.graph.layers.items()}
@@ -249,20 +251,18 @@ class Analysis:
         others = sorted(set(stays.tolist()) - needed, key=lambda position: -place[position])
         return np.array(sorted({*needed, *others[: max(len(stays) - len(needed), 0)]}), dtype=np.int64)
 
-    def _search(
-        self, chosen: Mapping[str, GroupSpectrum], name: str, share: float, size: Callable[[Recipe], float], limits: _Limits
-    ) -> Recipe:
+    def _search(self, chosen: Mapping[str, GroupSpectrum], name: str, share: float, limits: _Limits) -> Recipe:
         """The largest energy whose cut network is at most the share of the original one."""
         if not 0 < share < 1:
             raise ValueError(f"Argument `{name}` must lie in (0, 1) but got {share}.")
         what = "parameters" if name == "keep_params" else "mult_adds"
+        size = self._parameters_without if name == "keep_params" else self._mult_adds_without
         original = self.original("parameters" if name == "keep_params" else "mult_adds")
         # Every energy at which some layer's width changes: between two neighbours the recipe is the same.
         steps = np.unique(np.concatenate([[1.0], *(found.spectrum.cumsum(0).clamp(max=1).numpy() for found in chosen.values())]))
-        label = f"pfa({name}={share:g})"
 
-        def at(step: int) -> Recipe:
-            return self._recipe(chosen, _energy_widths(chosen, float(steps[step])), limits, label)
+        def at(step: int) -> Marks:
+            return self._removed(chosen, _energy_widths(chosen, float(steps[step])), limits)
 
         smallest = size(at(0))
         if smallest > share * original:
@@ -278,17 +278,19 @@ class Analysis:
                 low = middle
             else:
                 high = middle - 1
-        return at(low)
+        return self._recipe(at(low), f"pfa({name}={share:g})")
 
-    def _removed_parameters(self, recipe: Recipe | None) -> int:
-        if recipe is None:
-            return 0
-        plan = make_plan(self.graph, recipe)
-        return sum(
-            int(np.prod(plan.shapes[name])) - int(np.prod(plan.shape_after(name)))
-            for name in plan.keep
-            if name in self.graph.trainable
-        )
+    def _marks(self, recipe: Recipe | None) -> Marks:
+        return self.graph.mark() if recipe is None else removed_by(self.graph, recipe)
+
+    def _parameters_without(self, removed: Marks) -> int:
+        graph = self.graph
+        trainable = graph.tensors.keys() & graph.trainable
+        return self._parameters - sum(prod(graph.shapes[name]) - prod(graph.shape_without(name, removed)) for name in trainable)
+
+    def _mult_adds_without(self, removed: Marks) -> int:
+        graph = self.graph
+        return sum(use.positions * prod(graph.shape_without(use.weight, removed)) for use in graph.uses) // self._batch
 
 
 def analyze(
@@ -414,8 +416,3 @@ def _energy_widths(chosen: Mapping[str, GroupSpectrum], energy: float) -> dict[s
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern such as ``"layer1.*"`` matches a layer's name; a name matches itself, whatever characters it holds."""
     return name == pattern or fnmatchcase(name, pattern)
-
-
-def _size(graph: ChannelGraph, plan: Plan | None, tensor: str) -> int:
-    shape = graph.shapes[tensor]
-    return int(np.prod(shape if plan is None else plan.shape_after(tensor, shape)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from lit_compress import rng
 from lit_compress.labels import FIXED
 from lit_compress.operations import LabelMode
-from lit_compress.skips import PadPoint, SumPoint, Vector
+from lit_compress.skips import Marks, PadPoint, SumPoint, Vector
 from lit_compress.tracing import WeightUse, named_tensors
 
 Forward: TypeAlias = Callable[[], Any]
@@ -110,16 +111,34 @@ class ChannelGraph:
             groups.append(ChannelGroup(np.array(classes, dtype=np.int64), members))
         return groups
 
-    def with_slots(self, removed: Vector) -> Vector:
-        """The classes to remove, with the channels of padded blocks whose slot in the skip is among them, ascending."""
-        found = set(removed.tolist())
-        size = -1
-        while len(found) > size:
-            size = len(found)
+    def mark(self, removed: Vector | Sequence[int] = ()) -> Marks:
+        """Marks on the classes to remove, and on the channels of padded blocks whose slot in the skip is among them."""
+        marks = np.zeros(self._classes + 1, dtype=bool)
+        marks[np.asarray(removed, dtype=np.int64)] = True
+        self.mark_slots(marks)
+        return marks
+
+    def mark_slots(self, marks: Marks) -> None:
+        """Mark, in place, the channels of padded blocks whose slot in the skip is marked."""
+        before = -1
+        while before != (now := int(marks.sum())):
+            before = now
             for pad in self.pads:
-                slots = pad.slots[pad.positions].tolist()
-                found.update(source for source, slot in zip(pad.sources.tolist(), slots, strict=True) if slot in found)
-        return np.array(sorted(found), dtype=np.int64)
+                marks[pad.sources[marks[pad.slots[pad.positions]]]] = True
+
+    def shape_without(self, tensor: str, marks: Marks) -> tuple[int, ...]:
+        """Shape of a parameter or buffer once the marked classes are removed."""
+        shape = list(self.shapes[tensor])
+        for dim, classes in self.tensors.get(tensor, {}).items():
+            shape[dim] -= int(marks[classes].sum())
+        return tuple(shape)
+
+    @cached_property
+    def _classes(self) -> int:
+        found = [classes for dims in self.tensors.values() for classes in dims.values()]
+        found += [layer.classes for layer in self.layers.values()]
+        found += [classes for pad in self.pads for classes in (pad.sources, pad.slots)]
+        return max((int(classes.max(initial=FIXED)) for classes in found), default=FIXED) + 1
 
     def why_whole(self, layer: str) -> str:
         """The reason why channels of a layer cannot be cut, or an empty string if they all can."""

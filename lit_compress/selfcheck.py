@@ -47,12 +47,12 @@ class SelfCheck:
         self, model: nn.Module, graph: ChannelGraph, plan: Plan, forward_fn: Callable[[nn.Module, Any], Any], inputs: Any
     ) -> None:
         self._model, self._graph, self._plan, self._forward_fn, self._inputs = model, graph, plan, forward_fn, inputs
-        removed: set[int] = set()
+        removed: list[int] = []
         for name, dims in plan.keep.items():
             for dim, kept in dims.items():
                 classes = graph.tensors.get(name, {}).get(dim)
-                removed.update(() if classes is None else np.delete(classes, kept).tolist())
-        self._removed = np.array(sorted(graph.with_slots(np.array(sorted(removed), dtype=np.int64))), dtype=np.int64)
+                removed += [] if classes is None else np.delete(classes, kept).tolist()
+        self._removed = graph.mark(removed)
         self._double = True
         try:
             self._expected = self._run(silenced=True)
@@ -113,7 +113,7 @@ class SelfCheck:
         """The channels of a layer's output that the cut keeps; None where a module gives something else than its weight makes."""
         point = next((point for point in self._graph.pads if point.module == name), None)
         if point is not None and name in self._plan.pads:  # a layer at the end of a block, which gives the width of the skip
-            slots = torch.from_numpy(np.flatnonzero(~np.isin(point.slots, self._removed)))
+            slots = torch.from_numpy(np.flatnonzero(~self._removed[point.slots]))
             return expected.index_select(1, slots.to(expected.device))
         kept = None if name is None else self._plan.recipe.keep.get(name)
         if name is None or kept is None:
@@ -177,7 +177,7 @@ class SelfCheck:
         handles = []
         for point in self._graph.pads:
             keep = torch.zeros(len(point.slots))
-            keep[point.positions] = torch.from_numpy(~np.isin(point.sources, self._removed)).float()
+            keep[point.positions] = torch.from_numpy(~self._removed[point.sources]).float()
             handles.append(self._model.get_submodule(point.module).register_forward_hook(silence(keep)))
         try:
             yield

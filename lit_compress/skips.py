@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 Vector: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
+# One entry for each class of channels and a last one, never set, that -1 (a channel that stays whatever is cut) reads.
+Marks: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]"
 
 
 @dataclass(frozen=True)

@@ -123,13 +123,18 @@ def pooled_covariance(group: ChannelGroup, covariances: Mapping[str, Tensor]) ->
     """
     pooled = torch.zeros(len(group.classes), len(group.classes), dtype=torch.float64)
     for name, position in group.members.items():
-        where = torch.from_numpy(position)
+        where, part = torch.from_numpy(position), covariances[name].cpu()
         inside = where != FIXED
-        part = covariances[name].cpu()[inside][:, inside]
+        if not inside.all():
+            where, part = where[inside], part[inside][:, inside]
         total = part.diagonal().sum()
-        if total > 0:
-            rows = torch.zeros(len(group.classes), len(part), dtype=torch.float64).index_add_(0, where[inside], part / total)
-            pooled.index_add_(1, where[inside], rows)
+        if total <= 0:
+            continue
+        if torch.equal(where, torch.arange(len(group.classes))):  # nearly always, and scattering 2048 channels takes 0.3 s
+            pooled += part / total
+        else:
+            rows = torch.zeros(len(group.classes), len(part), dtype=torch.float64).index_add_(0, where, part / total)
+            pooled.index_add_(1, where, rows)
     return pooled if pooled.diagonal().sum() > 0 else None
 
 

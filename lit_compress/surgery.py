@@ -18,7 +18,7 @@ from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.selfcheck import SelfCheck
-from lit_compress.skips import Vector
+from lit_compress.skips import Marks
 from lit_compress.slicing import all_tensors
 
 # How to run the network on inputs as it is used; returns what leaves it.
@@ -115,13 +115,11 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
     Raises:
         ValueError: As :func:`cut`.
     """
-    recipe = _placed(graph, recipe)
-    removed = graph.with_slots(_removed_classes(graph, recipe))
-    _refuse_contradictions(graph, recipe, removed)
+    recipe, removed = _understood(graph, recipe)
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, dims in graph.tensors.items():
         for dim, classes in dims.items():
-            stays = ~np.isin(classes, removed)
+            stays = ~removed[classes]
             if not stays.all():
                 keep.setdefault(name, {})[dim] = tuple(np.flatnonzero(stays).tolist())
     kept = {
@@ -134,13 +132,30 @@ def make_plan(graph: ChannelGraph, recipe: Recipe) -> Plan:
     return Plan(recipe=complete, keep=keep, shapes={name: graph.shapes[name] for name in keep}, pads=pads)
 
 
-def _pads(graph: ChannelGraph, removed: Vector) -> dict[str, Pad]:
+def removed_by(graph: ChannelGraph, recipe: Recipe) -> Marks:
+    """Which classes of channels a recipe removes.
+
+    Raises:
+        ValueError: As :func:`cut`.
+    """
+    return _understood(graph, recipe)[1]
+
+
+def _understood(graph: ChannelGraph, recipe: Recipe) -> tuple[Recipe, Marks]:
+    """The recipe under the names of the traced network, and what it removes."""
+    recipe = _placed(graph, recipe)
+    removed = graph.mark(_removed_classes(graph, recipe))
+    _refuse_contradictions(graph, recipe, removed)
+    return recipe, removed
+
+
+def _pads(graph: ChannelGraph, removed: Marks) -> dict[str, Pad]:
     """How the blocks that can be padded back are after the cut; those that keep all that their skip keeps need none."""
     pads = {}
     for point in graph.pads:
-        stays = ~np.isin(point.slots, removed)
+        stays = ~removed[point.slots]
         new_place = np.cumsum(stays) - 1
-        kept = point.positions[~np.isin(point.sources, removed)]
+        kept = point.positions[~removed[point.sources]]
         slots = tuple(new_place[kept].tolist())
         if point.present or len(slots) < int(stays.sum()):
             pads[point.module] = Pad(int(stays.sum()), slots)
@@ -198,8 +213,8 @@ def _placed(graph: ChannelGraph, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> Vector:
-    removed: set[int] = set()
+def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> list[int]:
+    removed = []
     for name, channels in recipe.keep.items():
         classes = graph.layers[name].classes
         for index in sorted(set(range(len(classes))) - set(channels)):
@@ -209,13 +224,13 @@ def _removed_classes(graph: ChannelGraph, recipe: Recipe) -> Vector:
                 raise ValueError(
                     f"Channel {index} of layer {name!r} cannot be removed: {why}. Leave the layer out of the recipe."
                 )
-            removed.add(channel_class)
-    return np.array(sorted(removed), dtype=np.int64)
+            removed.append(channel_class)
+    return removed
 
 
-def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: Vector) -> None:
+def _refuse_contradictions(graph: ChannelGraph, recipe: Recipe, removed: Marks) -> None:
     for name, layer in graph.layers.items():
-        gone = np.isin(layer.classes, removed)
+        gone = removed[layer.classes]
         if gone.all():
             raise ValueError(f"Layer {name!r} would keep no channel.")
         wanted = gone[list(recipe.keep.get(name, ()))]

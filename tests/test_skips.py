@@ -67,7 +67,7 @@ def random_cut(graph, seed: int) -> Recipe:
     gone = set()
     for name, kept in recipe.keep.items():
         gone |= set(np.delete(graph.layers[name].classes, kept).tolist())
-    gone = set(graph.with_slots(np.array(sorted(gone), dtype=np.int64)).tolist())
+    gone = set(np.flatnonzero(graph.mark(sorted(gone))).tolist())
     keep = {}
     for name in recipe.keep:
         left = [index for index, number in enumerate(graph.layers[name].classes.tolist()) if number not in gone]
