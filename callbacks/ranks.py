@@ -28,8 +28,8 @@ def refuse_strategy(trainer: Trainer) -> None:
     name = type(strategy).__name__
     if "FSDP" in name or "DeepSpeed" in name or "ModelParallel" in name:
         raise MisconfigurationException(
-            f"{name} shards the parameters, which cannot be cut in flight. Cut before sharding: apply a recipe in "
-            "`configure_model`."
+            f"{name} shards the parameters, which cannot be cut in flight. Find a recipe on one device, and train the small "
+            "network with `ApplyRecipe`, which cuts before sharding."
         )
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise MisconfigurationException(

@@ -55,7 +55,8 @@ def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Cut a network, in place, to the sizes of a checkpoint, before the weights are loaded.
 
     Args:
-        model: The network as its constructor builds it; nothing happens if it was cut to the same plan already.
+        model: The network as its constructor builds it, or one that was cut to a part of the checkpoint's plan already (by a
+            recipe that each run starts from).
         checkpoint: A Lightning checkpoint.
 
     Raises:
@@ -65,12 +66,16 @@ def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if present == plan:
         return
     if present is not None:
-        held = "an uncut network" if plan is None else f"one cut by {plan.recipe.method}"
-        raise ValueError(
-            f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network anew "
-            "and load into that."
-        )
-    if plan is not None:
+        rest = None if plan is None else _rest(plan, present)
+        if plan is None or rest is None:
+            held = "an uncut network" if plan is None else f"one cut by {plan.recipe.method}"
+            raise ValueError(
+                f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network "
+                "anew and load into that."
+            )
+        rest.cut_module(model)
+        note_plan(model, plan)
+    elif plan is not None:
         _cut_to(model, plan)
 
 
@@ -128,6 +133,22 @@ def load_pruned(
         raise ValueError(f"The weights do not fit {type(model).__name__}: {error}.{hint}") from error
     loaded: Network = model
     return loaded
+
+
+def _rest(plan: Plan, done: Plan) -> Plan | None:
+    """What a plan removes beyond another one; None if it keeps something that the other has removed."""
+    keep: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, dims in done.keep.items():
+        if any(not set(plan.keep.get(name, {}).get(dim, (-1,))).issubset(indices) for dim, indices in dims.items()):
+            return None
+    for name, dims in plan.keep.items():
+        for dim, indices in dims.items():
+            left = done.keep.get(name, {}).get(dim, range(plan.shapes[name][dim]))
+            if len(left) > len(indices):
+                place = {index: position for position, index in enumerate(left)}
+                keep.setdefault(name, {})[dim] = tuple(place[index] for index in indices)
+    shapes = {name: done.shape_after(name, plan.shapes[name]) for name in keep}
+    return Plan(recipe=plan.recipe, keep=keep, shapes=shapes, pads=plan.pads)
 
 
 def _cut_to(model: nn.Module, plan: Plan) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.naming import relocation
+from lit_compress.optimizer_state import prepared
 from lit_compress.padding import Pad, pad_modules
 from lit_compress.recipe import Recipe
 from lit_compress.slicing import all_tensors, cut_tensors
@@ -162,32 +162,7 @@ class Plan:
             raise ValueError(
                 "This plan knows no parameters, only names; bind it to the network that was cut: plan.bound_to(model)."
             )
-        new: list[tuple[dict[str, Any], str, Tensor]] = []
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            name = self._names.get(parameter)
-            if name not in self.keep:
-                continue
-            state = optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                if not isinstance(value, Tensor) or value.numel() == 1 != prod(self.shapes[name]):
-                    continue
-                if tuple(value.shape) != self.shapes[name]:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for parameter {name!r} of shape "
-                        f"{self.shapes[name]}; only state of the parameter's own shape can follow a cut. "
-                        "Cut before training starts."
-                    )
-                new.append((state, key, self.take(name, value)))
-            if isinstance(optimizer, torch.optim.LBFGS) and any(optimizer.state.values()):
-                raise ValueError(
-                    "LBFGS keeps a history of all parameters in one row, which cannot follow a cut. Cut before training starts."
-                )
-
-        def follow() -> None:
-            for state, key, value in new:
-                state[key] = value
-
-        return follow
+        return prepared(self, optimizer, self._names)
 
     def _fitted(self, names: Collection[str], what: str) -> Plan:
         """This plan under the names that the target uses."""
