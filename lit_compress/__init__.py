@@ -11,7 +11,7 @@ if not (_FOLDER / "callbacks" / "__init__.py").exists():
 
 if TYPE_CHECKING:
     from lit_compress.analysis import Analysis, analyze
-    from lit_compress.checkpoint import load_pruned
+    from lit_compress.checkpoint import load_pruned, shrink_checkpoint
     from lit_compress.plan import Plan
     from lit_compress.recipe import Recipe
     from lit_compress.report import count_mult_adds, count_parameters
@@ -29,9 +29,20 @@ _HOMES = {
     "count_parameters": "lit_compress.report",
     "cut": "lit_compress.surgery",
     "load_pruned": "lit_compress.checkpoint",
+    "shrink_checkpoint": "lit_compress.checkpoint",
 }
 
-__all__ = ["Analysis", "Plan", "Recipe", "analyze", "count_mult_adds", "count_parameters", "cut", "load_pruned"]
+__all__ = [
+    "Analysis",
+    "Plan",
+    "Recipe",
+    "analyze",
+    "count_mult_adds",
+    "count_parameters",
+    "cut",
+    "load_pruned",
+    "shrink_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,21 +6,23 @@ so far, relative to the network as its constructor builds it. Applied to a fresh
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_compress.naming import relocation
 from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.slicing import all_tensors
-from lit_compress.surgery import under_names_of
+from lit_compress.surgery import ForwardFn, call, cut, under_names_of
 
 KEY = "lit_compress"
 FORMAT = 1
@@ -113,7 +115,7 @@ def load_pruned(
         >>> torch.equal(small(x), again(x))
         True
     """
-    content = _read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    content = read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
     weights: Mapping[str, Tensor] = content.get("state_dict", content)
     model: Any = _build(model_or_class, content, init) if isinstance(model_or_class, type) else model_or_class
     if recipe is not None and KEY not in content:
@@ -133,6 +135,76 @@ def load_pruned(
         raise ValueError(f"The weights do not fit {type(model).__name__}: {error}.{hint}") from error
     loaded: Network = model
     return loaded
+
+
+def shrink_checkpoint(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    recipe: Recipe,
+    example_inputs: Any,
+    *,
+    optimizers: Sequence[Optimizer] = (),
+    forward_fn: ForwardFn = call,
+) -> dict[str, Any]:
+    """Cut the network of a checkpoint, and all in the checkpoint that goes with it: training can go on from the result.
+
+    Cut are weights, optimizer states and the weight averages of Lightning's callbacks. The ranking of ``ModelCheckpoint`` and the
+    best of ``EarlyStopping`` begin anew, as after a cut in a running Trainer.
+
+    Args:
+        model: The module as its constructor builds it. Its weights become those of the checkpoint, cut.
+        checkpoint: Content of a Lightning checkpoint, possibly of a network that was cut before. It is not changed.
+        recipe: The channels to keep, relative to the network in the checkpoint.
+        example_inputs: As for :func:`~lit_compress.cut`.
+        optimizers: Over the parameters of ``model``, as the run had them. They follow as well.
+        forward_fn: As for :func:`~lit_compress.cut`.
+
+    Returns:
+        The content of the smaller checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is not one of ``model``, the recipe does not fit, the cut is not exact, an optimizer's state
+            cannot follow, or there are not as many optimizers as in the checkpoint.
+    """
+    states = checkpoint.get("optimizer_states", [])
+    if len(states) != len(optimizers):
+        raise ValueError(
+            f"The checkpoint holds the states of {len(states)} optimizer(s), but {len(optimizers)} came: give those of the run, "
+            "made from the parameters of `model`."
+        )
+    load_pruned(model, checkpoint)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(copy.deepcopy(state))
+    plan = cut(model, recipe, example_inputs, forward_fn=forward_fn)
+    for optimizer in optimizers:
+        plan.apply_to(optimizer)
+
+    def cut_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copied = dict(weights)
+        plan.apply_to(copied)
+        return copied
+
+    smaller = dict(checkpoint)
+    for key in {"state_dict", "current_model_state"} & smaller.keys():  # the second beside an average in the first
+        smaller[key] = cut_weights(smaller[key])
+    if states:
+        smaller["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
+    smaller["callbacks"] = {name: _after_a_cut(name, state, cut_weights) for name, state in smaller.get("callbacks", {}).items()}
+    write_plan(model, smaller)
+    return smaller
+
+
+def _after_a_cut(name: str, state: Any, cut_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Any:
+    """The state of one of Lightning's callbacks in a checkpoint after a cut; its name says how it is configured."""
+    worst = torch.tensor(-torch.inf if "'mode': 'max'" in name else torch.inf)
+    if name.startswith("EarlyStopping"):
+        return {**state, "best_score": worst, "wait_count": 0}
+    if name.startswith("ModelCheckpoint") and state.get("monitor") is not None:
+        best: dict[str, Any] = {"best_model_score": None, "best_model_path": "", "best_k_models": {}, "kth_best_model_path": ""}
+        return {**state, **best, "kth_value": worst}
+    if isinstance(state, Mapping) and state.get("average_model_state") is not None:
+        return {**state, "average_model_state": cut_weights(state["average_model_state"])}
+    return state
 
 
 def _rest(plan: Plan, done: Plan) -> Plan | None:
@@ -161,7 +233,12 @@ def _cut_to(model: nn.Module, plan: Plan) -> None:
     note_plan(model, plan)
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def read(path: str | Path) -> Mapping[str, Any]:
+    """The content of a checkpoint on disk, on the CPU.
+
+    Raises:
+        ValueError: If the file holds more than tensors and builtin types.
+    """
     try:
         content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -47,7 +47,7 @@ class PaddedBack(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output ``(N, K, ...)``, scattered to ``(N, W, ...)``."""
         output: Tensor = super().forward(*args, **kwargs)
-        return output.new_zeros(len(output), self.padded_width, *output.shape[2:]).index_copy(1, self.slots, output)
+        return output.new_zeros(output.shape[0], self.padded_width, *output.shape[2:]).index_copy(1, self.slots, output)
 
     @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
