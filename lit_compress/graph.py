@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from lit_compress import rng
+from lit_compress.compiled import eagerly
 from lit_compress.labels import FIXED
 from lit_compress.operations import LabelMode
 from lit_compress.skips import Marks, PadPoint, SumPoint, Vector
@@ -182,7 +183,7 @@ def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Lit
     if pad_back == "identity":
         pad_back = {point.block for point in trace(model, forward).sums if point.block is not None}
     mode = LabelMode(model, pad_back)
-    with evaluating(model), rng.isolated(), mode.following():
+    with evaluating(model), rng.isolated(), eagerly(), mode.following():
         try:
             outputs = forward()
         except Exception as error:

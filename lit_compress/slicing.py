@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_compress import compiled
+
 # The attributes of a module that repeat what its tensors' shapes say.
 _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
     (
@@ -94,6 +96,7 @@ def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, 
         raise ValueError(f"{type(model).__name__} lacks {missing[:3]}, which the plan cuts; it is another network.")
     once = {id(tensors[name]): name for name in keep}
     torch.clear_autocast_cache()  # it holds casts of the old weights
+    compiled.forget()
     with torch.inference_mode(False), torch.no_grad():
         data = {name: take(name, tensors[name].data) for name in once.values()}
         grads = {name: take(name, grad) for name in once.values() if (grad := tensors[name].grad) is not None}

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from lit_compress import ranks, rng
+from lit_compress.compiled import eagerly
 from lit_compress.graph import evaluating
 from lit_compress.padding import PaddedBack
 from lit_compress.skips import Tap
@@ -73,6 +74,7 @@ def gather_covariances(
     seen = 0
     with ranks.as_one(), ExitStack() as stack:
         stack.enter_context(rng.isolated())
+        stack.enter_context(eagerly())
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         watches = [_Watch(model, (taps or {}).get(name, Tap(name)), partial(respond, name)) for name in layers]
