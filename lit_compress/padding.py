@@ -130,6 +130,16 @@ def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> Callable[[], None]
     return undo
 
 
+def repad(model: nn.Module, pads: Mapping[str, Pad]) -> None:
+    """Pad back the modules at these paths of a network, and no others."""
+    for path, module in model.named_modules():
+        if isinstance(module, PaddedBack) and path not in pads:
+            module.__class__ = type(module).__bases__[1]
+            for name in _OWN:
+                vars(module).pop(name)
+    pad_modules(model, pads)
+
+
 @contextmanager
 def padded_for_now(model: nn.Module, pads: Mapping[str, Pad]) -> Iterator[None]:
     """Pad back some modules for as long as the context lasts."""

@@ -115,6 +115,30 @@ def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, 
         raise
 
 
+def fill_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers copies of values, of other sizes possibly, and the modules the sizes to note; no gradients.
+
+    Args:
+        model: The network, changed in place.
+        values: Name of a tensor to its value.
+    """
+    compiled.forget()
+    torch.clear_autocast_cache()
+    tensors = all_tensors(model)
+    undo = _Undo()
+    filled: set[int] = set()
+    with torch.inference_mode(False), torch.no_grad():
+        for name, value in values.items():
+            tensor = tensors[name]
+            if id(tensor) in filled:  # tied
+                continue
+            filled.add(id(tensor))
+            tensor.grad = None
+            set_data(tensor, value.detach().to(tensor.device, copy=True))
+    for path in sorted({_owner(name) for name in values}):
+        _note_sizes(model.get_submodule(path), undo)
+
+
 def _owner(name: str) -> str:
     """Path of the module that uses a parameter or buffer; with a parametrization, that is not the one which holds it."""
     path = "." + name.rpartition(".")[0]
