@@ -147,6 +147,26 @@ class Analysis:
             low, high = (low, middle) if self._parameters_without(at(middle)) <= target else (middle, high)
         return self._recipe(at(high), f"random(keep_params={keep_params:g}, seed={seed})")
 
+    def milder(self, recipe: Recipe, share: float) -> Recipe:
+        """A recipe that removes, of the channels that another one removes, those that go first.
+
+        Args:
+            recipe: Of this analysis, or for the network that was analysed.
+            share: Share of its removed channels to remove, in [0, 1], in each group of tied channels (rounded down).
+
+        Raises:
+            ValueError: If ``share`` is out of range, or the recipe does not fit the network.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"Argument `share` must lie in [0, 1] but got {share}.")
+        removed = removed_by(self.graph, recipe)
+        chosen, widths = {}, {}
+        for name, found in self.spectra.items():
+            gone = torch.from_numpy(removed[found.group.classes])[found.order]
+            chosen[name] = replace(found, order=torch.cat([found.order[gone], found.order[~gone]]), inactive=0)
+            widths[name] = len(gone) - int(share * int(gone.sum()))
+        return self._recipe(self._removed(chosen, widths, _Limits(1, 1)), f"{share:g} of {recipe.method}")
+
     def parameters(self, recipe: Recipe | None = None) -> int:
         """Trainable parameters of the network as analysed, or as a recipe would cut it."""
         return self._parameters_without(self._marks(recipe))

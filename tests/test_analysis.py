@@ -539,3 +539,40 @@ def test_a_recipe_by_hand_can_be_previewed():
     with pytest.raises(ValueError, match="cannot be removed: they are the output of the network"):
         analysis.preview(Recipe(keep={"head": (0, 3)}))
     assert count_parameters(network) == analysis.parameters(), "a preview cuts nothing"
+
+
+# ---------------------------------------------------------------- milder recipes
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=20)
+@given(share=st.floats(0, 1), energy=st.floats(0.3, 0.99))
+def test_a_milder_recipe_removes_the_first_of_what_the_other_removes(name, share, energy):
+    _, analysis = analysed(name)
+    recipe = analysis.recipe(energy=energy)
+    milder = analysis.milder(recipe, share)
+    kept = {layer: set(channels) for layer, channels in recipe.keep.items()}
+    for layer, found in analysis.graph.layers.items():
+        whole = set(range(len(found.classes)))
+        removed, more = whole - set(milder.keep.get(layer, whole)), whole - kept.get(layer, whole)
+        assert removed <= more
+    for group in analysis.spectra.values():
+        position = group.group.members[group.group.name]
+        order = [int(np.flatnonzero(position == one)[0]) for one in group.order.tolist() if one in position]
+        layer = group.group.name
+        before = [c for c in order if c not in recipe.keep.get(layer, range(len(position)))]
+        after = [c for c in order if c not in milder.keep.get(layer, range(len(position)))]
+        assert after == before[: len(after)]
+        if len(analysis.spectra) == len(analysis.graph.groups()):
+            assert len(after) == int(share * len(before))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_whole_of_a_recipe_is_the_recipe_and_nothing_of_it_is_no_cut(name):
+    _, analysis = analysed(name)
+    for recipe in (analysis.recipe(energy=0.8), analysis.random_recipe(keep_params=0.5, seed=3)):
+        assert analysis.milder(recipe, 1).keep == recipe.keep
+        assert not analysis.milder(recipe, 0).keep
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="`share` must lie"):
+            analysis.milder(recipe, share)
