@@ -1,6 +1,7 @@
-"""Callbacks that make a network smaller while it trains."""
+"""Callbacks that make a network smaller while it trains, and watch it."""
 
+from lit_compress.callbacks.monitor import CompressionMonitor
 from lit_compress.callbacks.pfa import PFAPruning
 from lit_compress.callbacks.pruning import PruningCallback
 
-__all__ = ["PFAPruning", "PruningCallback"]
+__all__ = ["CompressionMonitor", "PFAPruning", "PruningCallback"]

@@ -164,7 +164,7 @@ class Analysis:
             return self.parameters() if size == "parameters" else self.mult_adds()
         shapes = {**self.graph.shapes, **self._before.shapes}
         if size == "mult_adds":
-            return sum(use.positions * prod(shapes[use.weight]) for use in self.graph.uses) // self._batch
+            return self.graph.mult_adds(shapes) // self._batch
         grown = [prod(shape) - prod(self.graph.shapes[name]) for name, shape in self._before.shapes.items()
                  if name in self.graph.trainable]  # fmt: skip
         return self._parameters + sum(grown)
