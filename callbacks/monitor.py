@@ -1,31 +1,34 @@
-"""Watch a network's sizes over a run."""
+"""Watch how large a network is over a run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lit_compress import rng
+from lit_compress.analysis import analyze
+from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.loggers import Outlets
-from lit_compress.callbacks.ranks import shards
+from lit_compress.callbacks.progress import progress_of
+from lit_compress.callbacks.ranks import buffers_of_first, shards
 from lit_compress.callbacks.steps import refuse_only_training, silent_step, validating
 from lit_compress.graph import trace
 from lit_compress.history import Gauge, SizeHistory, share
-from lit_compress.pictures import plot_history
+from lit_compress.pictures import plot_history, plot_spectra
 from lit_compress.plan import plan_of
+from lit_compress.ranks import as_one
 from lit_compress.statistics.gather import batch_size, first_samples, to_device
 
 
 class CompressionMonitor(Callback):
-    """Logs how large the network is, layer by layer, over a whole run, and what was cut out of it when and by what.
+    """Logs how large the network is, layer by layer, over a whole run: what was cut out of it, when, and by what.
 
     It goes with any number of pruning callbacks, whichever comes first in the list, with cuts of your own by
-    :func:`~lit_compress.cut`, and with none. Pruning callbacks log what a cut itself did (metrics right before and after, spectra,
-    a table of the layers); the monitor logs what holds over time.
+    :func:`~lit_compress.cut`, and with none. Pruning callbacks log what a cut itself did (metrics right before and after,
+    spectra, a table of the layers); the monitor logs what holds over time.
 
     Before the first batch, the module's ``validation_step`` (``training_step`` if it has no other) runs once on two samples of
     it, to find the layers and how often each weight is used. From then on sizes are read off the shapes of the weights, once an
@@ -33,31 +36,44 @@ class CompressionMonitor(Callback):
 
     Logged after each epoch, and right after a cut: ``compress/parameters`` (trainable), ``compress/mult_adds`` (one sample),
     ``compress/share_of_parameters`` and ``compress/share_of_mult_adds`` (of the network before anything was cut, in [0, 1]),
-    ``compress/cuts`` (how many so far) and ``compress/width/<layer>`` (output channels).
-    After a cut and at the end: the picture ``compress/history``, the tables ``compress/sizes`` and ``compress/width_history``. After a
-    cut: its recipe, relative to the network as it was built, in Weights & Biases as an artifact.
+    ``compress/cuts`` (how many so far) and ``compress/width/<layer>`` (output channels). After a cut and at the end: the picture
+    ``compress/history`` and the tables ``compress/sizes`` and ``compress/width_history``. After a cut: the recipe of all cuts so
+    far, in Weights & Biases as an artifact. If asked for: the picture ``compress/spectra``.
 
     Numbers go to every logger. Weights & Biases takes pictures, tables and artifacts too, TensorBoard pictures and text. On
     disk, ``history.png``, ``sizes.csv``, ``width_history.csv`` and ``recipe.json`` are in the folder ``lit_compress`` of the run.
     In a ``fast_dev_run`` the network is looked at, and nothing is logged.
 
     Args:
-        example_batch: What the step takes, if it is a ``validation_step`` and does not take the batches of the training data.
+        spectra_every_n_epochs: After every n-th epoch, pass the analysis data through the network, and draw how its layers'
+            responses spread over directions, with a dot where PFA-KL would cut: it shows when a layer has more channels than it
+            uses. None for never, since it takes a pass.
+        max_samples: For the spectra, use this many samples, drawn at random with a fixed seed. None for all.
+        example_batch: What ``validation_step`` takes, if it does not take the batches of the training data.
 
     Raises:
-        MisconfigurationException: From the start of ``fit``: if the strategy shards the parameters, a module under manual
-            optimization has no ``validation_step``, or the step does not run.
+        MisconfigurationException: If a number is out of range. From the start of ``fit``: if the strategy shards the parameters,
+            a module under manual optimization has no ``validation_step``, or the step does not run.
 
     Example::
 
         trainer = Trainer(logger=WandbLogger(), callbacks=[PFAPruning(energy=0.95), CompressionMonitor()])
     """
 
-    def __init__(self, *, example_batch: Any = None) -> None:
+    def __init__(
+        self, *, spectra_every_n_epochs: int | None = None, max_samples: int | None = None, example_batch: Any = None
+    ) -> None:
+        if spectra_every_n_epochs is not None and spectra_every_n_epochs < 1:
+            raise MisconfigurationException(
+                f"Argument `spectra_every_n_epochs` must be at least 1 or None but got {spectra_every_n_epochs}."
+            )
+        if max_samples is not None and max_samples < 2:
+            raise MisconfigurationException(f"Argument `max_samples` must be at least 2 or None but got {max_samples}.")
+        self.spectra_every_n_epochs, self.max_samples = spectra_every_n_epochs, max_samples
         self.example_batch = example_batch
         self.history = SizeHistory()
         self._gauge: Gauge | None = None
-        self._outlets: Outlets | None = None
+        self._outlets: Outlets | None = None  # where there is anybody to tell
         self._epoch_begins = False
 
     # ---------------------------------------------------------------- hooks, in the order in which they fire
@@ -81,7 +97,8 @@ class CompressionMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._outlets = Outlets(trainer)
+        outlets = Outlets(trainer)
+        self._outlets = outlets if outlets.open else None
         self._epoch_begins = True  # also when resumed in the middle of one
 
     @override
@@ -94,7 +111,7 @@ class CompressionMonitor(Callback):
         if not self._epoch_begins:
             return
         self._epoch_begins = False
-        first = self._gauge is None
+        is_first_look = self._gauge is None
         if self._gauge is None or not self._gauge.fits(pl_module):
             self._gauge = self._trace(trainer, pl_module, batch)
         plan = plan_of(pl_module)
@@ -105,16 +122,18 @@ class CompressionMonitor(Callback):
             self._gauge.read(pl_module),
             self._gauge.read_original(pl_module),
         )
-        if first or is_new:
+        if is_new or is_first_look:
             self._log_values()
         if is_new and plan is not None:
             self._log_history(trainer)
-            if self._outlets is not None and self._outlets.open:
+            if self._outlets is not None:
                 self._outlets.recipe(plan.recipe, self._values())
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_values()
+        if self.spectra_every_n_epochs is not None and (trainer.current_epoch + 1) % self.spectra_every_n_epochs == 0:
+            self._log_spectra(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,18 +147,19 @@ class CompressionMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict)
 
-    # ---------------------------------------------------------------- what is looked at and logged
+    # ---------------------------------------------------------------- what is looked at, and what is logged
 
     def _trace(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Gauge:
-        given = batch if self.example_batch is None else to_device(self.example_batch, pl_module.device)
-        example = first_samples(given)
+        if self.example_batch is not None:
+            batch = to_device(self.example_batch, pl_module.device)
+        example = first_samples(batch)
         try:
-            with rng.isolated(), validating(trainer), torch.no_grad():
+            with validating(trainer):
                 graph = trace(pl_module, lambda: silent_step(pl_module, example))
         except ValueError as error:
             raise MisconfigurationException(
-                f"CompressionMonitor cannot follow the forward: {error} If the step takes other batches than those of the "
-                "training data, give it one as `example_batch`."
+                f"CompressionMonitor cannot follow the forward: {error} If `validation_step` does not take the batches of the "
+                "training data, give it one that it takes as `example_batch`."
             ) from error
         return Gauge(graph, batch_size(example))
 
@@ -155,12 +175,27 @@ class CompressionMonitor(Callback):
         }
 
     def _log_values(self) -> None:
-        if self.history.moments and self._outlets is not None and self._outlets.open:
+        if self._outlets is not None and self.history.moments:
             self._outlets.values(self._values())
 
     def _log_history(self, trainer: Trainer) -> None:
-        if not self.history.moments or self._outlets is None or not self._outlets.open:
-            return
-        self._outlets.figure("compress/history", plot_history(self.history, trainer.current_epoch), "history")
-        self._outlets.table("compress/sizes", *self.history.sizes_table(), "sizes")
-        self._outlets.table("compress/width_history", *self.history.widths_table(), "width_history")
+        if self._outlets is not None and self.history.moments:
+            self._outlets.figure("compress/history", plot_history(self.history, trainer.current_epoch), "history")
+            self._outlets.table("compress/sizes", *self.history.sizes_table(), "sizes")
+            self._outlets.table("compress/width_history", *self.history.widths_table(), "width_history")
+
+    def _log_spectra(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with as_one(), rng.isolated(), validating(trainer), buffers_of_first(trainer, pl_module):
+            loader = analysis_batches(trainer, pl_module, None, self.max_samples)
+            analysis = analyze(
+                pl_module,
+                loader,
+                example_inputs=first_samples(loader.example()),
+                forward_fn=silent_step,
+                max_samples=self.max_samples,
+                progress=progress_of(trainer),
+            )
+        if self._outlets is not None:
+            spectra = {name: found.spectrum for name, found in analysis.spectra.items()}
+            figure = plot_spectra(spectra, analysis.kept(analysis.recipe()))
+            self._outlets.figure("compress/spectra", figure, f"epoch_{trainer.current_epoch}_spectra")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
@@ -15,8 +14,6 @@ from rich.table import Table
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.loggers import Outlets
-from lit_compress.graph import ChannelGroup
-from lit_compress.labels import FIXED
 from lit_compress.pictures import plot_spectra, plot_widths
 from lit_compress.recipe import Recipe
 from lit_compress.report import Latency
@@ -83,9 +80,8 @@ class CutReport:
         values |= {f"compress/width/{name}": width for name, width in widths.items()}
         values |= {f"compress/before_cut/{name}": value for name, value in self.before.metrics.items()}
         values |= {f"compress/after_cut/{name}": value for name, value in self.after.metrics.items()}
-        kept = {name: _kept(found.group, recipe) for name, found in analysis.spectra.items()}
         figures = {
-            "spectra": plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, kept),
+            "spectra": plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, analysis.kept(recipe)),
             "widths": plot_widths(before, recipe.widths),
         }
         table = analysis.preview(recipe)
@@ -139,10 +135,3 @@ class CutReport:
             name: Measurement(**{**data[name], "latency": Latency(**data[name]["latency"])}) for name in ("before", "after")
         }
         return cls(epoch=data["epoch"], batch_size=data["batch_size"], recipe=Recipe.from_dict(data["recipe"]), **moments)
-
-
-def _kept(group: ChannelGroup, recipe: Recipe) -> int:
-    """Channels of a group that a recipe keeps."""
-    position = group.members[group.name]
-    stays = list(recipe.keep.get(group.name, range(len(position))))
-    return int((position[stays] != FIXED).sum())

@@ -264,8 +264,6 @@ class PruningCallback(Callback, ABC):
             with as_one():
                 loader = analysis_batches(trainer, pl_module, self.loader, self.max_samples)
                 batch = loader.example()
-                if batch is None:
-                    raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
                 example = first_samples(batch)
                 analysis = analyze(
                     pl_module,

@@ -16,7 +16,13 @@ from lit_compress.slicing import all_tensors
 
 @dataclass(frozen=True)
 class Sizes:
-    """A network's trainable parameters, mult-adds for one sample, and output channels of each layer in the order of the forward."""
+    """How large a network is.
+
+    Args:
+        parameters: Trainable parameters.
+        mult_adds: Mult-adds of convolutions and linear layers, one sample.
+        widths: Layer name to output channels, in the order of the forward.
+    """
 
     parameters: int
     mult_adds: int
@@ -66,7 +72,11 @@ class Gauge:
         return Sizes(
             parameters=sum(prod(shapes[name]) for name in trainable),
             mult_adds=self._graph.mult_adds(shapes) // self._samples,
-            widths={name: shapes[layer.weight][layer.dim] for name, layer in self._graph.layers.items()},
+            # In proportion to the trace: the weight of a grouped transposed convolution holds the channels of one group.
+            widths={
+                name: len(layer.classes) * shapes[layer.weight][layer.dim] // self._graph.shapes[layer.weight][layer.dim]
+                for name, layer in self._graph.layers.items()
+            },
         )
 
 
