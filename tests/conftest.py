@@ -83,7 +83,7 @@ def data_dir() -> Callable[[str], Path]:
 
 @pytest.fixture
 def offline_wandb(tmp_path, monkeypatch):
-    """Runs of Weights & Biases stay in `tmp_path`; calling it ends them and returns the files of the only one."""
+    """Runs of Weights & Biases stay in `tmp_path`. Called with their `save_dir`, it ends them and reads the only one's files."""
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
@@ -92,10 +92,10 @@ def offline_wandb(tmp_path, monkeypatch):
 
     from tests.wandb_runs import OfflineRun
 
-    def read():
+    def read(save_dir="."):
         wandb.finish()
         wandb.teardown()  # waits for the process that writes the files; `finish` alone returns before they are complete
-        return OfflineRun(tmp_path)
+        return OfflineRun(tmp_path / save_dir)
 
     yield read
     wandb.teardown()
