@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -152,7 +153,7 @@ class CompressionMonitor(Callback):
     def _trace(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Gauge:
         if self.example_batch is not None:
             batch = to_device(self.example_batch, pl_module.device)
-        example = first_samples(batch)
+        example = deepcopy(first_samples(batch))  # a step may change its batch in place, and this one is still to be trained on
         try:
             with validating(trainer):
                 graph = trace(pl_module, lambda: silent_step(pl_module, example))

@@ -131,7 +131,7 @@ class SizeHistory:
         known = len(self.moments)
         if not self.moments:
             self.moments.append(Moment(epoch, step, "", original))
-        if sizes != self.moments[-1].sizes or method != self._method:
+        if sizes != self.moments[-1].sizes:
             self.moments.append(Moment(epoch, step, method.removeprefix(f"{self._method} then "), sizes))
         self._method = method
         return len(self.moments) > known

@@ -226,6 +226,13 @@ def test_several_pruning_callbacks_and_cuts_by_hand_are_all_events(tmp_path):
     assert Recipe.load(tmp_path / "lit_compress" / "recipe.json").widths["body.0"] == 2
 
 
+def test_a_cut_that_removes_nothing_is_no_event(tmp_path):
+    watch = CompressionMonitor()
+    callbacks = PFAPruning(energy=0.8, min_width=16, at_epoch=1), PFAPruning(energy=0.8, at_epoch=2)
+    new_trainer(tmp_path, watch, *callbacks, max_epochs=3).fit(Small(), *small_loaders())
+    assert [(moment.epoch, moment.cut) for moment in watch.history.moments] == [(0, ""), (2, "pfa(energy=0.8)")]
+
+
 def test_a_network_that_is_cut_before_its_first_batch_is_shown_as_it_was_built(tmp_path):
     watch = CompressionMonitor()
     module, _ = fit_theirs(tmp_path, watch, PFAPruning(energy=0.9, at_epoch=0), max_epochs=1, enable_checkpointing=False)
@@ -308,6 +315,44 @@ def test_the_run_is_the_same_as_without_it_bit_for_bit(options, tmp_path):
     for without, watched in zip(*runs, strict=True):
         for key in without:
             assert same(without[key], watched[key]), key
+
+
+def test_the_first_batch_is_trained_on_as_it_came(tmp_path):
+    class InPlace(Small):
+        def validation_step(self, batch, batch_idx):
+            batch[0].zero_()
+            super().validation_step(batch, batch_idx)
+
+    seen = []
+
+    class Batches(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(float(batch[0].abs().sum(1).min()))
+
+    new_trainer(tmp_path, CompressionMonitor(), Batches(), max_epochs=1).fit(InPlace(), *small_loaders())
+    assert len(seen) == 3
+    assert min(seen) > 0
+
+
+def test_a_compiled_network_is_watched_as_any_other(tmp_path):
+    class Compiled(Small):
+        def __init__(self):
+            super().__init__()
+            self.run = torch.compile(self.net, backend="eager")
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.run(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.training_step(batch, batch_idx))
+
+    watches = []
+    for module in (Small(), Compiled()):
+        watches.append(CompressionMonitor())
+        new_trainer(tmp_path, watches[-1], max_epochs=2).fit(module, *small_loaders())
+    plain, compiled = watches
+    assert compiled.history.moments == plain.history.moments
+    assert len(compiled.history.moments[0].sizes.widths) == 3
 
 
 def test_it_runs_one_forward_and_looks_once_an_epoch(tmp_path, monkeypatch):
