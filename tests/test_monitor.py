@@ -383,12 +383,14 @@ def test_a_resumed_run_has_the_history_of_one_that_never_stopped(tmp_path):
     after = ModelCheckpoint(tmp_path, save_top_k=-1, filename="validated-{epoch}", save_on_train_epoch_end=False)
     ends = ModelCheckpoint(tmp_path, save_top_k=-1, filename="ended-{epoch}", save_on_train_epoch_end=True, every_n_epochs=2)
     fit_theirs(tmp_path, whole, twice(), files, after, ends, max_epochs=4)
-    for name in ("step=8", "validated-epoch=0", "ended-epoch=1"):
+    for name, first in (("step=8", (8, 1)), ("validated-epoch=0", (5, 0)), ("ended-epoch=1", (10, 2))):
         file = tmp_path / f"{name}.ckpt"
         assert "CompressionMonitor" in torch.load(file, weights_only=True)["callbacks"]
-        again = CompressionMonitor()
-        fit_theirs(tmp_path / name, again, twice(), max_epochs=4, ckpt_path=file, enable_checkpointing=False)
+        again, logger = CompressionMonitor(), CSVLogger(tmp_path / name)
+        options = {"logger": logger, "enable_checkpointing": False}
+        fit_theirs(tmp_path / name, again, twice(), max_epochs=4, ckpt_path=file, **options)
         assert again.history.moments == whole.history.moments, name
+        assert by_key(numbers_in_csv(logger))["compress/cuts"][0] == first, "a curve begins where the run goes on"
         assert again.history.state_dict() == whole.history.state_dict()
 
 
@@ -505,7 +507,7 @@ def test_the_picture_shows_shares_widths_and_cuts():
     assert [line.get_xdata()[0] for line in marks] == [2, 3]
     assert [text.get_text() for text in above.texts] == ["first", "second"]
     (mesh,) = below.collections
-    np.testing.assert_allclose(mesh.get_array(), [[1, 0.5, 0.25], [1, 0.75, 0.75]])
+    np.testing.assert_allclose(np.reshape(mesh.get_array(), (2, 3)), [[1, 0.5, 0.25], [1, 0.75, 0.75]])
     assert [label.get_text() for label in below.get_yticklabels()] == ["a  8 to 2", "b  4 to 3"]
 
 

@@ -41,7 +41,7 @@ class OfflineRun:
                 self.rows.append(_row(record.history.item))
             elif kinds[-1] == "artifact" and record.artifact.type != "run_table":
                 self.artifacts.append(_artifact(record.artifact))
-        assert kinds[-1] == "exit", "the file is complete"
+        assert "exit" in kinds, "the file is not complete"
         self.summary = {key: value for row in self.rows for key, value in row.items()}
 
     def scalars(self) -> list[tuple[str, int, float]]:
