@@ -1,7 +1,8 @@
-"""Callbacks that make a network smaller while it trains."""
+"""Callbacks that make a network smaller while it trains, and watch it."""
 
 from lit_compress.callbacks.apply_recipe import ApplyRecipe
+from lit_compress.callbacks.monitor import CompressionMonitor
 from lit_compress.callbacks.pfa import PFAPruning
 from lit_compress.callbacks.pruning import PruningCallback
 
-__all__ = ["ApplyRecipe", "PFAPruning", "PruningCallback"]
+__all__ = ["ApplyRecipe", "CompressionMonitor", "PFAPruning", "PruningCallback"]

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -23,7 +22,17 @@ from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
 from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
 from lit_compress.callbacks.schedule import CutSchedule
-from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
+from lit_compress.callbacks.steps import (
+    bare_step,
+    drop,
+    evaluate,
+    is_dev_run,
+    refuse_only_training,
+    silent_step,
+    training_error,
+    untouched,
+    validating,
+)
 from lit_compress.checkpoint import write_plan
 from lit_compress.graph import evaluating
 from lit_compress.plan import Plan, plan_of
@@ -170,11 +179,7 @@ class PruningCallback(Callback, ABC):
         for pattern in (*self.include, *self.exclude):
             if not any(matches(name, pattern) for name in names):
                 raise MisconfigurationException(f"Pattern {pattern!r} matches no module of {type(pl_module).__name__}.")
-        if not pl_module.automatic_optimization and not is_overridden("validation_step", pl_module):
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} optimizes manually, so that its `training_step` cannot be run without training. "
-                "Give it a `validation_step`, which shows how the network is used."
-            )
+        refuse_only_training(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,8 +264,6 @@ class PruningCallback(Callback, ABC):
             with as_one():
                 loader = analysis_batches(trainer, pl_module, self.loader, self.max_samples)
                 batch = loader.example()
-                if batch is None:
-                    raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
                 example = first_samples(batch)
                 analysis = analyze(
                     pl_module,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from pytorch_lightning.utilities.data import extract_batch_size
@@ -31,6 +32,19 @@ def bare_step(pl_module: LightningModule) -> Callable[[LightningModule, Any], An
     name = "validation_step" if is_overridden("validation_step", pl_module) else "training_step"
     indices = _indices(getattr(pl_module, name), 0)
     return lambda module, batch: getattr(module, name)(batch, *indices)
+
+
+def refuse_only_training(pl_module: LightningModule) -> None:
+    """Refuse a module that cannot be run without being trained.
+
+    Raises:
+        MisconfigurationException: If it optimizes manually and has no ``validation_step``.
+    """
+    if not pl_module.automatic_optimization and not is_overridden("validation_step", pl_module):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes manually, so that its `training_step` cannot be run without training. "
+            "Give it a `validation_step`, which shows how the network is used."
+        )
 
 
 def _indices(step: Callable[..., Any], batch_idx: int, dataloader_idx: int | None = None) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_compress import ranks, rng
 from lit_compress.compensation import readers
 from lit_compress.graph import ChannelGraph, trace
+from lit_compress.labels import FIXED
 from lit_compress.plan import Plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.report import LayerRow, LayerTable, count_parameters
@@ -184,7 +185,7 @@ class Analysis:
             return self.parameters() if size == "parameters" else self.mult_adds()
         shapes = {**self.graph.shapes, **self._before.shapes}
         if size == "mult_adds":
-            return sum(use.positions * prod(shapes[use.weight]) for use in self.graph.uses) // self._batch
+            return self.graph.mult_adds(shapes) // self._batch
         grown = [prod(shape) - prod(self.graph.shapes[name]) for name, shape in self._before.shapes.items()
                  if name in self.graph.trainable]  # fmt: skip
         return self._parameters + sum(grown)
@@ -219,6 +220,15 @@ class Analysis:
             "mult-adds": (self.mult_adds(), self._mult_adds_without(removed)),
         }
         return LayerTable(method=recipe.method, rows=tuple(rows), sizes=sizes)
+
+    def kept(self, recipe: Recipe) -> dict[str, int]:
+        """How many channels a recipe keeps of each group in ``spectra``."""
+        kept = {}
+        for name, found in self.spectra.items():
+            position = found.group.members[found.group.name]
+            stays = list(recipe.keep.get(found.group.name, range(len(position))))
+            kept[name] = int((position[stays] != FIXED).sum())
+        return kept
 
     def _note(self, layer: str) -> str:
         tied = [found.group.name for found in self.spectra.values() if layer in found.group.members and found.group.name != layer]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -133,6 +134,10 @@ class ChannelGraph:
         for dim, classes in self.tensors.get(tensor, {}).items():
             shape[dim] -= int(marks[classes].sum())
         return tuple(shape)
+
+    def mult_adds(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Mult-adds of the batch that was traced, if the weights had these shapes."""
+        return sum(use.positions * prod(shapes[use.weight]) for use in self.uses)
 
     @cached_property
     def _classes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from io import StringIO
 from typing import Any
 
@@ -129,6 +129,11 @@ class LayerTable:
     method: str
     rows: tuple[LayerRow, ...]
     sizes: Mapping[str, tuple[int, int]]
+
+    def cells(self) -> tuple[list[str], list[list[Any]]]:
+        """The columns' names, and the rows, for a logger's table."""
+        columns = ["layer", "channels", "channels kept", "weights", "weights kept", "note"]
+        return columns, [list(astuple(row)) for row in self.rows]
 
     def renderable(self) -> Table:
         """The table for a rich console."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import multiprocessing
 import os
 import queue
@@ -19,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from lit_compress import ranks
-from lit_compress.callbacks import PFAPruning, pruning
+from lit_compress import count_parameters, ranks
+from lit_compress.callbacks import CompressionMonitor, PFAPruning, pruning
 from lit_compress.statistics import StreamingMean, gather_covariances
 from lit_compress.statistics.gather import in_order
 from tests.modules import (
@@ -427,6 +428,31 @@ def test_a_failure_is_told_once_however_deep_it_happens(processes):
     other = "OtherRankError: Rank {} failed: KeyError: 'mine'"
     mine = "ValueError: said better"
     assert processes(2)(_nested_failures) == [[mine, other.format(1), [0, 1]], [other.format(0), mine, [0, 1]]]
+
+
+# ---------------------------------------------------------------- watching
+
+
+def watched(folder):
+    """Steps and values that rank 0 has logged are in the file; what each rank knows of its network is returned."""
+    watch, model = CompressionMonitor(spectra_every_n_epochs=2), Plain()
+    options = {"max_epochs": 3, "logger": CSVLogger(folder, flush_logs_every_n_steps=1)}
+    callbacks = watch, PFAPruning(at_epoch=1, energy=0.9, evaluate=False)
+    ddp_trainer(folder, *callbacks, **options).fit(model, DataLoader(digits(0, 96), 16, shuffle=True), val_loader())
+    return watch.history.state_dict(), count_parameters(model), watch.history.moments[-1].sizes.parameters
+
+
+def test_all_ranks_see_one_history_and_the_first_logs_it(processes, tmp_path):
+    one, other = processes(2)(watched, tmp_path)
+    assert one == other
+    history, parameters, seen = one
+    assert seen == parameters < count_parameters(Plain())
+    assert [(moment["epoch"], moment["step"]) for moment in history["moments"]] == [(0, 0), (1, 3)]
+    (file,) = tmp_path.rglob("metrics.csv")
+    with open(file, encoding="utf-8", newline="") as content:
+        told = [(int(row["step"]), int(row["compress/cuts"])) for row in csv.DictReader(content) if row["compress/cuts"]]
+    assert told == [(0, 0), (3, 0), (3, 1), (6, 1), (9, 1)]
+    assert {path.name for path in file.parent.rglob("*.png")} >= {"history.png", "epoch_1_spectra.png"}
 
 
 # ---------------------------------------------------------------- resuming

@@ -52,9 +52,7 @@ def main(args: Sequence[str]) -> None:
     recipe.save(options.out / "recipe.json")
     (options.out / "layers.txt").write_text(f"{table}\n", encoding="utf-8")
     widths = {name: len(layer.classes) for name, layer in analysis.graph.layers.items()}
-    kept = {name: recipe.widths.get(name, widths[name]) for name in analysis.spectra}
-    plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, kept).savefig(
-        options.out / "spectra.png", dpi=120
-    )
+    spectra = {name: found.spectrum for name, found in analysis.spectra.items()}
+    plot_spectra(spectra, analysis.kept(recipe)).savefig(options.out / "spectra.png", dpi=120)
     plot_widths(widths, recipe.widths).savefig(options.out / "widths.png", dpi=120)
     print(f"Written to {options.out}: recipe.json, layers.txt, spectra.png, widths.png")
