@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
@@ -23,14 +24,14 @@ from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
 from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
 from lit_compress.callbacks.schedule import CutSchedule
-from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
+from lit_compress.callbacks.steps import evaluate, is_dev_run, silent_step, step_stopwatch, training_error, validating
 from lit_compress.checkpoint import write_plan
-from lit_compress.graph import evaluating
+from lit_compress.latency import Comparison
 from lit_compress.plan import Plan, plan_of
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
-from lit_compress.report import count_parameters, measure_latency
-from lit_compress.statistics.gather import batch_size, first_samples
+from lit_compress.report import count_parameters
+from lit_compress.statistics.gather import first_samples
 from lit_compress.surgery import cut, plan_for
 
 
@@ -261,6 +262,7 @@ class PruningCallback(Callback, ABC):
                 batch = loader.example()
                 if batch is None:
                     raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
+                stopwatch = step_stopwatch(trainer, pl_module, batch)
                 example = first_samples(batch)
                 analysis = analyze(
                     pl_module,
@@ -271,13 +273,14 @@ class PruningCallback(Callback, ABC):
                     progress=progress_of(trainer),
                     skips=self.skips,
                     compensate=self.compensate,
+                    stopwatch=stopwatch,
                 )
                 recipe = Recipe.from_dict(share(self.choose(analysis).to_dict())[0])
                 # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
                 plan = plan_for(pl_module, analysis.graph, recipe)
                 _refuse_disagreement(plan)
                 followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
-                before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
+                parameters, metrics = count_parameters(pl_module), self._validate(trainer, pl_module)
                 averages = averages_of(trainer)
             with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], trainer.optimizers):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
@@ -292,7 +295,11 @@ class PruningCallback(Callback, ABC):
                 share(None)  # norms that sync over ranks talk to the others in training mode
                 if trains and (error := training_error(trainer, pl_module, batch)) is not None:
                     _refuse_training(pl_module, analysis, error)
-                after = self._measure(trainer, pl_module, batch, analysis.mult_adds(recipe))
+                speed = stopwatch.look_back(plan)
+                before = Measurement(parameters, analysis.mult_adds(), speed.before, metrics)
+                after = Measurement(
+                    count_parameters(pl_module), analysis.mult_adds(recipe), speed.after, self._validate(trainer, pl_module)
+                )
                 share(None)  # from here on, no rank can fail
         composed = plan_of(pl_module)
         report = CutReport(
@@ -300,28 +307,22 @@ class PruningCallback(Callback, ABC):
             recipe=recipe if composed is None else composed.recipe,
             before=before,
             after=after,
-            batch_size=batch_size(batch),
+            batch_size=stopwatch.batch_size,
         )
         self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
         with as_one(), rng.isolated():
             report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
+        if speed.slower:
+            _warn_slower(speed, stopwatch.batch_size, pl_module.device)
         if plan.keep:
             forget_bests(trainer)
         else:
             rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, mult_adds: int) -> Measurement:
-        step = bare_step(pl_module)
-        with evaluating(pl_module), untouched(pl_module, drop), trainer.precision_plugin.val_step_context():
-            latency = measure_latency(lambda: step(pl_module, batch), device=pl_module.device)
-        return Measurement(
-            parameters=count_parameters(pl_module),
-            mult_adds=mult_adds,
-            latency=latency,
-            metrics=evaluate(trainer, pl_module) if self.evaluate else {},
-        )
+    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        return evaluate(trainer, pl_module) if self.evaluate else {}
 
 
 def _refuse_disagreement(plan: Plan) -> None:
@@ -341,3 +342,11 @@ def _refuse_training(pl_module: LightningModule, analysis: Analysis, error: Exce
         f"`validation_step`{f', which does not run {unseen}' if unseen else ''}. Run the same layers in both, or leave the "
         "layers that feed them out with `exclude`."
     ) from error
+
+
+def _warn_slower(speed: Comparison, batch_size: int, device: torch.device) -> None:
+    rank_zero_warn(
+        f"The cut has made the network slower: at batch size {batch_size} on {device}, a step takes {speed.after} (median and "
+        f"quartiles), and took {speed.before} before, measured in turns. Odd numbers of channels may be slow to compute with: "
+        "round them with `round_to=8`, or give `keep_latency`, which counts nothing but time."
+    )
