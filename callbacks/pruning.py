@@ -22,6 +22,7 @@ from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
+from lit_compress.callbacks.restart import first_schedule, prepare_restart, warn_if_cut_short
 from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
 from lit_compress.callbacks.schedule import CutSchedule
 from lit_compress.callbacks.steps import evaluate, is_dev_run, silent_step, step_stopwatch, training_error, validating
@@ -70,14 +71,18 @@ class PruningCallback(Callback, ABC):
         loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
             module or the datamodule if there is one, otherwise the training data.
         max_samples: Use this many samples of it, drawn at random with a fixed seed. None for all.
+        restart_schedule: Let fine-tuning have the full training's schedule: right after a cut, every scheduler is again as it was
+            when training began, and so are the learning rate and momentum of every parameter group. ``max_epochs`` stays: it
+            counts training and fine-tuning together, and the schedule should be made for one of them. By default the running
+            schedule goes on.
         evaluate: Run the validation data before and after each cut, to tell what the cut itself costs.
         verify: Check on real data that the cut is exact and that ``training_step`` still runs, and otherwise put everything back
             and raise.
 
     Raises:
         MisconfigurationException: If the triggers contradict each other or the Trainer. From the start of ``fit``: if the
-            strategy cannot be cut in flight, a pattern matches no module, or a module under manual optimization has no
-            ``validation_step``.
+            strategy cannot be cut in flight, a pattern matches no module, a module under manual optimization has no
+            ``validation_step``, or there is no schedule that could be restarted.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class PruningCallback(Callback, ABC):
         compensate: bool = False,
         loader: Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None = None,
         max_samples: int | None = None,
+        restart_schedule: bool = False,
         evaluate: bool = True,
         verify: bool = True,
     ) -> None:
@@ -129,7 +135,9 @@ class PruningCallback(Callback, ABC):
         self.include, self.exclude, self.min_width = tuple(include), tuple(exclude), min_width
         self.round_to, self.skips, self.compensate = round_to, skips, compensate
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
+        self.restart_schedule = restart_schedule
         self.reports: list[CutReport] = []
+        self._first_schedule: dict[str, Any] | None = None  # if it is to be restarted
         self._resumed_rng: list[dict[str, Any]] | None = None  # by rank
         self._failed = False
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
@@ -159,7 +167,7 @@ class PruningCallback(Callback, ABC):
         self._failed = False
         if trainer.global_step == 0:  # what is resumed brings its own state later
             self.schedule.reset()
-            self.reports = []
+            self.reports, self._first_schedule = [], None
         if not is_dev_run(trainer):
             self.schedule.resolve(trainer.max_epochs)
         refuse_strategy(trainer)
@@ -179,6 +187,8 @@ class PruningCallback(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.restart_schedule and self._first_schedule is None:
+            self._first_schedule = first_schedule(trainer, pl_module)
         # Resumed in the middle of an epoch, the rest of that epoch comes first.
         if trainer.fit_loop.restarted_mid_epoch and (states := self._own_rng(trainer)) is not None:
             rng.restore(states)
@@ -224,6 +234,7 @@ class PruningCallback(Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         return {
             "schedule": self.schedule.state_dict(),
+            "first_schedule": self._first_schedule,
             "validated": self._validated,
             "rng": [rng.collect()] if self._failed else share(rng.collect()),
             "reports": [report.to_dict() for report in self.reports],
@@ -232,6 +243,7 @@ class PruningCallback(Callback, ABC):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.load_state_dict(state_dict["schedule"])
+        self._first_schedule = state_dict["first_schedule"] if self.restart_schedule else None
         self._validated = state_dict["validated"]
         self._resumed_rng = state_dict["rng"]
         self.reports = [CutReport.from_dict(report) for report in state_dict["reports"]]
@@ -280,6 +292,7 @@ class PruningCallback(Callback, ABC):
                 plan = plan_for(pl_module, analysis.graph, recipe)
                 _refuse_disagreement(plan)
                 followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
+                restart = None if self._first_schedule is None else prepare_restart(trainer, self._first_schedule)
                 parameters, metrics = count_parameters(pl_module), self._validate(trainer, pl_module)
                 averages = averages_of(trainer)
             with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], trainer.optimizers):
@@ -318,6 +331,10 @@ class PruningCallback(Callback, ABC):
             _warn_slower(speed, stopwatch.batch_size, pl_module.device)
         if plan.keep:
             forget_bests(trainer)
+            if restart is not None:
+                restart()
+                if not self.schedule.remaining:
+                    warn_if_cut_short(trainer)
         else:
             rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
 
