@@ -28,7 +28,7 @@ from lit_compress.callbacks.schedule import CutSchedule
 from lit_compress.callbacks.steps import evaluate, is_dev_run, silent_step, step_stopwatch, training_error, validating
 from lit_compress.checkpoint import write_plan
 from lit_compress.latency import Comparison
-from lit_compress.plan import Plan, plan_of
+from lit_compress.plan import Plan, plan_of, refuse_sharded
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
 from lit_compress.report import count_parameters
@@ -82,7 +82,7 @@ class PruningCallback(Callback, ABC):
     Raises:
         MisconfigurationException: If the triggers contradict each other or the Trainer. From the start of ``fit``: if the
             strategy cannot be cut in flight, a pattern matches no module, a module under manual optimization has no
-            ``validation_step``, or there is no schedule that could be restarted.
+            ``validation_step``, an optimizer's state cannot follow a cut, or there is no schedule that could be restarted.
     """
 
     def __init__(
@@ -187,6 +187,11 @@ class PruningCallback(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            for optimizer in trainer.optimizers:
+                refuse_sharded(optimizer)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         if self.restart_schedule and self._first_schedule is None:
             self._first_schedule = first_schedule(trainer, pl_module)
         # Resumed in the middle of an epoch, the rest of that epoch comes first.

@@ -174,6 +174,7 @@ class Plan:
         Raises:
             ValueError: If the optimizer holds state that cannot follow the cut. It is never changed by this method.
         """
+        refuse_sharded(optimizer)
         if self._names is None:
             raise ValueError(
                 "This plan knows no parameters, only names; bind it to the network that was cut: plan.bound_to(model)."
@@ -244,6 +245,19 @@ class Plan:
         pads = {path: Pad(pad["width"], tuple(pad["slots"])) for path, pad in data["pads"].items()}
         recipe, transient = Recipe.from_dict(data["recipe"]), tuple(data["transient"])
         return cls(recipe=recipe, keep=keep, shapes=shapes, transient=transient, pads=pads)
+
+
+def refuse_sharded(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that keeps state elsewhere than in ``optimizer.state``.
+
+    Raises:
+        ValueError: If it is a ``ZeroRedundancyOptimizer``.
+    """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "ZeroRedundancyOptimizer keeps on each rank the state of some parameters, where no cut reaches it. Use the optimizer "
+            "that it wraps, or cut before training starts."
+        )
 
 
 def _laid_out_as(tensor: Tensor, result: Tensor) -> Tensor:
