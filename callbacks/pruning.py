@@ -53,14 +53,6 @@ class PruningCallback(Callback, ABC):
     In a ``fast_dev_run`` the cut is made before its only epoch, whatever the trigger, and nothing is logged.
 
     Args:
-        at_epoch: Cut once, before this epoch, counted from 0. If no trigger is given, half of ``max_epochs``.
-        every_n_epochs: Cut before every n-th epoch, ``max_cuts`` times.
-        when: ``"converged"``: cut when ``monitor`` has not improved for ``patience`` epochs.
-        max_cuts: How often to cut. Needed by ``every_n_epochs``; otherwise 1.
-        monitor: Metric that the module logs.
-        mode: Whether ``monitor`` is better when lower (``"min"``) or higher (``"max"``).
-        patience: Epochs without improvement that count as convergence. An epoch that the Trainer does not validate is not looked
-            at.
         include: Patterns over module names, as ``"net.layer1.*"``: the layers that may be cut.
         exclude: Patterns of layers to leave whole.
         min_width: Channels that each layer keeps at least.
@@ -78,6 +70,8 @@ class PruningCallback(Callback, ABC):
         evaluate: Run the validation data before and after each cut, to tell what the cut itself costs.
         verify: Check on real data that the cut is exact and that ``training_step`` still runs, and otherwise put everything back
             and raise.
+        kwargs: When to cut: ``at_epoch``, ``every_n_epochs`` or ``when``, with ``max_cuts``, ``monitor``, ``mode`` and
+            ``patience``, as for :class:`~lit_compress.callbacks.schedule.CutSchedule`.
 
     Raises:
         MisconfigurationException: If the triggers contradict each other or the Trainer. From the start of ``fit``: if the
@@ -88,13 +82,6 @@ class PruningCallback(Callback, ABC):
     def __init__(
         self,
         *,
-        at_epoch: int | None = None,
-        every_n_epochs: int | None = None,
-        when: Literal["converged"] | None = None,
-        max_cuts: int | None = None,
-        monitor: str = "val/loss",
-        mode: Literal["min", "max"] = "min",
-        patience: int = 3,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         min_width: int = 1,
@@ -106,16 +93,9 @@ class PruningCallback(Callback, ABC):
         restart_schedule: bool = False,
         evaluate: bool = True,
         verify: bool = True,
+        **kwargs: Any,
     ) -> None:
-        self.schedule = CutSchedule(
-            at_epoch=at_epoch,
-            every_n_epochs=every_n_epochs,
-            when=when,
-            max_cuts=max_cuts,
-            monitor=monitor,
-            mode=mode,
-            patience=patience,
-        )
+        self.schedule = CutSchedule(**kwargs)
         if min_width < 1:
             raise MisconfigurationException(f"Argument `min_width` must be at least 1 but got {min_width}.")
         if round_to < 1:

@@ -256,7 +256,7 @@ def refuse_sharded(optimizer: Optimizer) -> None:
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
             "ZeroRedundancyOptimizer keeps on each rank the state of some parameters, where no cut reaches it. Use the optimizer "
-            "that it wraps, or cut before training starts."
+            "that it wraps, or cut before you make it."
         )
 
 
