@@ -56,7 +56,7 @@ class Stopwatch:
         model: The network, on its device. It runs in evaluation mode without gradients.
         inputs: A batch of the size that matters: at another batch size, another network may be the faster one.
         forward_fn: How to run the network, where ``model(*inputs)`` is not it.
-        context: Entered once around each comparison.
+        context: Entered around each run, and not timed: mixed precision, say, which would else keep casts of some weights.
         seconds: A comparison takes no further turn after about twice this time.
 
     Example:
@@ -112,18 +112,19 @@ class Stopwatch:
     def _in_turns(self, *networks: _Widths) -> Comparison:
         device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
 
-        def run() -> None:
-            self._forward_fn(self._model, self._inputs)
+        def once() -> float:
+            with self._context():
+                return timed(lambda: self._forward_fn(self._model, self._inputs), device)
 
         def turn(first: int) -> list[float]:
             times = [0.0, 0.0]
             for index in (first, 1 - first):
                 with networks[index]():
-                    run()
-                    times[index] = timed(run, device)
+                    once()
+                    times[index] = once()
             return times
 
-        with evaluating(self._model), self._context(), torch.no_grad(), rng.isolated():
+        with evaluating(self._model), torch.no_grad(), rng.isolated():
             spent = sum(turn(0)) + sum(turn(1))  # warms up
             turns = min(max(int(2e3 * self._seconds / max(spent, 1e-3)), 5), 50)
             times = [turn(number % 2) for number in range(turns)]

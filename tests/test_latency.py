@@ -4,6 +4,7 @@ import copy
 import re
 import statistics
 import time
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -140,6 +141,26 @@ def test_the_median_ratio_of_turns_is_taken():
     assert 8 <= comparison.before.median < 12
     assert 2 <= comparison.after.median < 4
     assert set(net[2].widths[-8:]) == {4, WIDTH}
+
+
+def test_every_run_has_a_context_of_its_own_that_is_not_timed():
+    inside, net = [], slow()
+
+    @contextmanager
+    def context():
+        inside.append(0)
+        time.sleep(0.02)
+        yield
+
+    def run(model, inputs):
+        inside[-1] += 1
+        model(inputs)
+
+    stopwatch = Stopwatch(net, INPUTS[:8], forward_fn=run, context=context, seconds=0.0)
+    analysis = analyze(net, [INPUTS], stopwatch=stopwatch)
+    comparison = stopwatch.compare(make_plan(analysis.graph, Recipe(keep={"0": range(4)})))
+    assert inside == [1] * 28  # 2 turns to warm up and 5 that count, of two networks that run twice
+    assert comparison.before.median < 20
 
 
 def test_slower_means_beyond_the_spread():
