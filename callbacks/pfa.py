@@ -22,6 +22,8 @@ class PFAPruning(PruningCallback):
         keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The result is at or below it,
             counted on the network as cut.
         keep_mult_adds: The same for mult-adds.
+        keep_latency: The same for the time of a validation step on a batch as the analysis reads it, measured on networks of the
+            sizes in question and on the original, in turns: see :meth:`Analysis.recipe`. Under DDP, on rank 0.
         kwargs: When, where and on what, as for :class:`PruningCallback`. With several cuts, a target for the whole is approached
             in equal ratios: 0.25 in two cuts is 0.5 and then 0.25 of the original.
 
@@ -41,10 +43,13 @@ class PFAPruning(PruningCallback):
         energy: float | None = None,
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
+        keep_latency: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        given = {"energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
+        given = {
+            "energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency
+        }  # fmt: skip
         self.target = {name: value for name, value in given.items() if value is not None}
         if len(self.target) > 1:
             raise MisconfigurationException(f"Give at most one of {sorted(given)} but got {sorted(self.target)}.")
@@ -56,14 +61,10 @@ class PFAPruning(PruningCallback):
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:
-        target = dict(self.target)
-        for name in ("keep_params", "keep_mult_adds"):
-            if name in target:
-                target[name] **= (len(self.schedule.cuts) + 1) / self.schedule.max_cuts
+        share_of_cuts = (len(self.schedule.cuts) + 1) / self.schedule.max_cuts
+        target = {name: value if name == "energy" else value**share_of_cuts for name, value in self.target.items()}
         return analysis.recipe(
-            energy=target.get("energy"),
-            keep_params=target.get("keep_params"),
-            keep_mult_adds=target.get("keep_mult_adds"),
+            **target,
             min_width=self.min_width,
             round_to=self.round_to,
             include=self.include,

@@ -12,6 +12,7 @@ if not (_FOLDER / "callbacks" / "__init__.py").exists():
 if TYPE_CHECKING:
     from lit_compress.analysis import Analysis, analyze
     from lit_compress.checkpoint import load_pruned, shrink_checkpoint
+    from lit_compress.latency import Stopwatch
     from lit_compress.plan import Plan
     from lit_compress.recipe import Recipe
     from lit_compress.report import count_mult_adds, count_parameters
@@ -24,6 +25,7 @@ _HOMES = {
     "Analysis": "lit_compress.analysis",
     "Plan": "lit_compress.plan",
     "Recipe": "lit_compress.recipe",
+    "Stopwatch": "lit_compress.latency",
     "analyze": "lit_compress.analysis",
     "count_mult_adds": "lit_compress.report",
     "count_parameters": "lit_compress.report",
@@ -36,6 +38,7 @@ __all__ = [
     "Analysis",
     "Plan",
     "Recipe",
+    "Stopwatch",
     "analyze",
     "count_mult_adds",
     "count_parameters",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import chain
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ from lit_compress import ranks, rng
 from lit_compress.compensation import readers
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.labels import FIXED
+from lit_compress.latency import Stopwatch, widest_within
 from lit_compress.plan import Plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.report import LayerRow, LayerTable, count_parameters
@@ -46,6 +48,7 @@ class Analysis:
         whole: Layer to the reason why it is left whole.
         samples: Samples seen.
         mean_inputs: Layer to the mean of each of its input channels, if asked for, to compensate a cut.
+        stopwatch: What times the network as a recipe would cut it, for ``keep_latency``.
     """
 
     def __init__(
@@ -58,12 +61,13 @@ class Analysis:
         parameters: int,
         before: Plan | None,
         mean_inputs: Mapping[str, Tensor] | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.graph, self.spectra, self.whole, self.samples = graph, dict(spectra), dict(whole), samples
         self._batch = example_batch
         self._parameters = parameters
         self._before = before
-        self.mean_inputs = mean_inputs
+        self.mean_inputs, self.stopwatch = mean_inputs, stopwatch
 
     def recipe(
         self,
@@ -71,18 +75,22 @@ class Analysis:
         energy: float | None = None,
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
+        keep_latency: float | None = None,
         min_width: int = 1,
         round_to: int = 1,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
     ) -> Recipe:
-        """The channels to keep, by PFA-KL, or by PFA-En if one of the first three arguments is given.
+        """The channels to keep, by PFA-KL, or by PFA-En if one of the first four arguments is given.
 
         Args:
             energy: Share of each layer's response energy to keep, in (0, 1].
             keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The largest energy that meets it
                 is searched for, with the real size of the cut network; the result is at or below.
             keep_mult_adds: The same for mult-adds.
+            keep_latency: The same for the time of a forward, measured with :attr:`stopwatch` on networks of the sizes in question
+                and on the original, in turns. Time is noisy and may rise where a network gets narrower: the search is that of
+                :func:`~lit_compress.latency.widest_within`. In a running process group, rank 0's measurements count.
             min_width: Channels that each layer keeps at least.
             round_to: Round each width up to a multiple of this, which some hardware is faster with. A target is met all the same.
             include: Patterns (``"layer1.*"``) of the layers to cut; tied layers are cut only if all of them match.
@@ -92,13 +100,15 @@ class Analysis:
             A recipe relative to the network that was analysed. Hand it to :func:`~lit_compress.cut`.
 
         Raises:
-            ValueError: If more than one target is given, a value is out of range, a pattern matches no layer, or the target
-                cannot be reached (the message names the smallest size that can).
+            ValueError: If more than one target is given, a value is out of range, a pattern matches no layer, the target
+                cannot be reached (the message names the smallest size that can), or there is nothing to time.
         """
-        given = {"energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
+        given = {
+            "energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency
+        }  # fmt: skip
         targets = {name: value for name, value in given.items() if value is not None}
         if len(targets) > 1:
-            raise ValueError(f"Give at most one of `energy`, `keep_params` and `keep_mult_adds` but got {sorted(targets)}.")
+            raise ValueError(f"Give at most one of {', '.join(f'`{name}`' for name in given)} but got {sorted(targets)}.")
         if min_width < 1:
             raise ValueError(f"Argument `min_width` must be at least 1 but got {min_width}.")
         if round_to < 1:
@@ -285,30 +295,52 @@ class Analysis:
         """The largest energy whose cut network is at most the share of the original one."""
         if not 0 < share < 1:
             raise ValueError(f"Argument `{name}` must lie in (0, 1) but got {share}.")
-        what = "parameters" if name == "keep_params" else "mult_adds"
-        size = self._parameters_without if name == "keep_params" else self._mult_adds_without
-        original = self.original("parameters" if name == "keep_params" else "mult_adds")
         # Every energy at which some layer's width changes: between two neighbours the recipe is the same.
         steps = np.unique(np.concatenate([[1.0], *(found.spectrum.cumsum(0).clamp(max=1).numpy() for found in chosen.values())]))
 
+        @cache
         def at(step: int) -> Marks:
             return self._removed(chosen, _energy_widths(chosen, float(steps[step])), limits)
 
-        smallest = size(at(0))
-        if smallest > share * original:
+        find = self._widest_in_time if name == "keep_latency" else self._widest_of_size
+        step, smallest = find(name, share, len(steps), at)
+        if step is None:
             rounded = f" and `round_to={limits.round_to}`" if limits.round_to > 1 else ""
             raise ValueError(
                 f"`{name}={share:g}` cannot be reached: with `min_width={limits.min_width}`{rounded} the smallest network has "
-                f"{smallest / original:.4f} of the original's {original} {what}. Raise `{name}`, or leave fewer layers out."
+                f"{smallest}. Raise `{name}`, or leave fewer layers out."
             )
-        low, high = 0, len(steps) - 1  # the recipe at `low` meets the target
+        return self._recipe(at(step), f"pfa({name}={share:g})")
+
+    def _widest_of_size(self, name: str, share: float, steps: int, at: Callable[[int], Marks]) -> tuple[int | None, str]:
+        """The last step within a size, which grows along the path, and what the first one has."""
+        what: Literal["parameters", "mult_adds"] = "parameters" if name == "keep_params" else "mult_adds"
+        size = self._parameters_without if name == "keep_params" else self._mult_adds_without
+        original = self.original(what)
+        smallest = size(at(0))
+        low, high = 0, steps - 1  # the recipe at `low` meets the target, if any does
         while low < high:
             middle = (low + high + 1) // 2
             if size(at(middle)) <= share * original:
                 low = middle
             else:
                 high = middle - 1
-        return self._recipe(at(low), f"pfa({name}={share:g})")
+        reached = smallest <= share * original
+        return low if reached else None, f"{smallest / original:.4f} of the original's {original} {what}"
+
+    def _widest_in_time(self, name: str, share: float, steps: int, at: Callable[[int], Marks]) -> tuple[int | None, str]:
+        """The widest step that was measured to be within a time, and what the fastest one took."""
+        stopwatch = self.stopwatch
+        if stopwatch is None:
+            raise ValueError(f"`{name}` needs something to time: `analyze(..., stopwatch=Stopwatch(model, batch))`.")
+
+        def ratio(step: int) -> float:
+            plan = make_plan(self.graph, self._recipe(at(step), name))
+            return ranks.share(stopwatch.compare(plan).ratio if ranks.rank() == 0 else 0.0)[0]
+
+        with ranks.as_one():
+            step, fastest = widest_within(steps, lambda step: at(step).tobytes(), ratio, share)
+        return step, f"{fastest:.4f} of the original's latency at batch size {stopwatch.batch_size}"
 
     def _marks(self, recipe: Recipe | None) -> Marks:
         return self.graph.mark() if recipe is None else removed_by(self.graph, recipe)
@@ -334,6 +366,7 @@ def analyze(
     progress: Progress | None = None,
     skips: Literal["share", "pad"] = "share",
     compensate: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> Analysis:
     """Find out how many channels each layer of a network needs on some data, changing nothing.
 
@@ -357,6 +390,8 @@ def analyze(
             width of the skip.
         compensate: Also gather the mean input of each layer, so that ``cut(..., mean_inputs=analysis.mean_inputs)`` can
             fold what the removed channels gave on average into biases.
+        stopwatch: What times the network for ``analysis.recipe(keep_latency=...)``. By default one on the first batch of
+            ``loader``, or none if ``example_inputs`` are given.
 
     Returns:
         The analysis.
@@ -383,6 +418,7 @@ def analyze(
         if example_inputs is None:  # all ranks trace with the same samples, where the loader allows it
             first, whole = _peek(whole)
             example = to_device(first_samples(first), device)
+            stopwatch = stopwatch or Stopwatch(model, to_device(first, device), forward_fn=run_batch)
             graph = trace(model, lambda: run_batch(model, example), pad_back=pad_back)
         else:
             example = to_device(example_inputs, device)
@@ -414,6 +450,7 @@ def analyze(
         parameters=count_parameters(model),
         before=plan_of(model),
         mean_inputs={name: mean.compute() for name, mean in means.items()} if compensate else None,
+        stopwatch=stopwatch,
     )
 
 

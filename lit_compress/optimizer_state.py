@@ -25,6 +25,7 @@ def prepared(plan: Plan, optimizer: Optimizer, names: Mapping[Tensor, str]) -> C
     Raises:
         ValueError: If the optimizer holds state that cannot follow the cut.
     """
+    refuse_sharded(optimizer)
     if isinstance(optimizer, LBFGS):
         return _prepared_lbfgs(plan, optimizer, names)
     new: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -49,6 +50,19 @@ def prepared(plan: Plan, optimizer: Optimizer, names: Mapping[Tensor, str]) -> C
             state[key] = value
 
     return follow
+
+
+def refuse_sharded(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that keeps state elsewhere than in ``optimizer.state``.
+
+    Raises:
+        ValueError: If it is a ``ZeroRedundancyOptimizer``.
+    """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "ZeroRedundancyOptimizer keeps on each rank the state of some parameters, where no cut reaches it. Use the optimizer "
+            "that it wraps, or cut before you make it."
+        )
 
 
 def _prepared_lbfgs(plan: Plan, optimizer: LBFGS, names: Mapping[Tensor, str]) -> Callable[[], None]:

@@ -101,8 +101,10 @@ def pad_back(module: nn.Module, slots: Tensor, width: int) -> None:
     vars(module).update(slots=slots, padded_width=width)
 
 
-def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> Callable[[], None]:
+def pad_modules(model: nn.Module, pads: Mapping[str, Pad | None]) -> Callable[[], None]:
     """Pad back the modules at some paths of a network, all of them or, if one cannot be, none.
+
+    None makes a module what it was before it was ever padded.
 
     Returns:
         What puts them back to what they were.
@@ -121,9 +123,12 @@ def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> Callable[[], None]
 
     try:
         for path, module in modules.items():
+            if (pad := pads[path]) is None:
+                module.__class__ = type(module).__bases__[1] if isinstance(module, PaddedBack) else type(module)
+                continue
             held = (*module.parameters(), *module.buffers(), *model.parameters())  # a dropout, say, holds nothing
             device = next((tensor.device for tensor in held), torch.device("cpu"))
-            pad_back(module, torch.tensor(pads[path].slots, device=device), pads[path].width)
+            pad_back(module, torch.tensor(pad.slots, device=device), pad.width)
     except BaseException:
         undo()
         raise
@@ -141,8 +146,8 @@ def repad(model: nn.Module, pads: Mapping[str, Pad]) -> None:
 
 
 @contextmanager
-def padded_for_now(model: nn.Module, pads: Mapping[str, Pad]) -> Iterator[None]:
-    """Pad back some modules for as long as the context lasts."""
+def padded_for_now(model: nn.Module, pads: Mapping[str, Pad | None]) -> Iterator[None]:
+    """Pad back some modules, or leave them unpadded, for as long as the context lasts."""
     undo = pad_modules(model, pads)
     try:
         yield

@@ -103,10 +103,26 @@ class Plan:
         taken = tensor.detach()
         for dim, indices in dims.items():
             taken = taken.index_select(dim, torch.tensor(indices, device=tensor.device))
-        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-        if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
-            taken = taken.contiguous(memory_format=channels_last)
-        return taken
+        return _laid_out_as(tensor, taken)
+
+    def widened(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the size that ``name`` had before the cut, from what the cut has left of it.
+
+        In place of each channel that is gone stands a copy of one that is left.
+
+        Raises:
+            ValueError: If the tensor does not have the shape that the cut gave to ``name``.
+        """
+        if tuple(tensor.shape) != self.shape_after(name):
+            raise ValueError(
+                f"Tensor {name!r} should have shape {self.shape_after(name)} after the cut but has {tuple(tensor.shape)}."
+            )
+        wide = tensor.detach()
+        for dim, indices in self.keep[name].items():
+            kept = torch.tensor(indices)
+            places = torch.bucketize(torch.arange(self.shapes[name][dim]), kept).clamp(max=len(kept) - 1)
+            wide = wide.index_select(dim, places.to(tensor.device))
+        return _laid_out_as(tensor, wide)
 
     @staticmethod
     def _refuse_other(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -203,6 +219,14 @@ class Plan:
         pads = {path: Pad(pad["width"], tuple(pad["slots"])) for path, pad in data["pads"].items()}
         recipe, transient = Recipe.from_dict(data["recipe"]), tuple(data["transient"])
         return cls(recipe=recipe, keep=keep, shapes=shapes, transient=transient, pads=pads)
+
+
+def _laid_out_as(tensor: Tensor, result: Tensor) -> Tensor:
+    """A result in the memory format of the tensor that it was made from."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
+        return result.contiguous(memory_format=channels_last)
+    return result
 
 
 def plan_of(model: nn.Module) -> Plan | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from io import StringIO
 from typing import Any
@@ -67,6 +67,24 @@ class Latency:
     def __str__(self) -> str:
         return f"{self.median:.2f} ms ({self.lower:.2f}-{self.upper:.2f})"
 
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Latency:
+        """Of the times of single runs, at least two."""
+        lower, median, upper = statistics.quantiles(times, n=4)
+        return cls(median, lower, upper)
+
+
+def timed(run: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Milliseconds that one run takes; an accelerator is waited for, before and after."""
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
 
 def measure_latency(
     run: Callable[[], Any], *, device: torch.device | str = "cpu", seconds: float = 0.5, runs: int = 50
@@ -79,29 +97,17 @@ def measure_latency(
         seconds: Stop after about this time, but not before five runs; the warm-up takes as long at most.
         runs: Stop after this many runs.
     """
-    on_cuda = torch.device(device).type == "cuda"
-
-    def once() -> float:
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
 
     def repeat(least: int, most: int) -> list[float]:
         times: list[float] = []
         end = time.perf_counter() + seconds
         while len(times) < least or (len(times) < most and time.perf_counter() < end):
-            times.append(once())
+            times.append(timed(run, device))
         return times
 
     with torch.no_grad():
         repeat(2, 5)
-        times = repeat(5, max(runs, 5))
-    lower, median, upper = statistics.quantiles(times, n=4)
-    return Latency(median, lower, upper)
+        return Latency.of(repeat(5, max(runs, 5)))
 
 
 @dataclass(frozen=True)

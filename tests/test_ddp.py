@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import queue
 import socket
+import time
 import traceback
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +19,11 @@ from pytorch_lightning import Callback, LightningModule, seed_everything
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from lit_compress import count_parameters, ranks
+from lit_compress import Stopwatch, count_parameters, ranks
 from lit_compress.callbacks import CompressionMonitor, PFAPruning, pruning
 from lit_compress.statistics import StreamingMean, gather_covariances
 from lit_compress.statistics.gather import in_order
@@ -268,6 +271,62 @@ def test_after_the_cut_every_rank_takes_the_step_of_the_averaged_gradient(proces
     assert not any(torch.equal(end[name], start[0][name]) for name in ("net.0.weight", "net.3.weight", "net.8.weight"))
     for name, value in ours.named_parameters():
         torch.testing.assert_close(end[name], value.data, rtol=1e-3, atol=1e-4)
+
+
+class Sleepy(Theirs):
+    """Takes a millisecond for each channel of its first layer."""
+
+    def forward(self, images):
+        time.sleep(0.001 * len(self.body[0].weight))
+        return super().forward(images)
+
+
+def cut_to_a_latency(folder, options):
+    """As :func:`cut_at_once`, and how many networks this rank has timed against the original."""
+    timed, compare = [], Stopwatch.compare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stopwatch, "compare", lambda self, plan: timed.append(plan) or compare(self, plan))
+        patch.setattr("lit_compress.callbacks.steps.Stopwatch", partial(Stopwatch, seconds=0.02))
+        try:
+            return *cut_at_once(folder, options, module=Sleepy), len(timed)
+        except ValueError as error:
+            return str(error)
+
+
+def test_one_rank_times_for_all(processes, tmp_path):
+    found = processes(2)(cut_to_a_latency, tmp_path, {"keep_latency": 0.6, "include": ["body.0"]})
+    assert found[0][0] == found[1][0]
+    # Of 12 channels 0.6 are 7.2; the rest of a step takes a millisecond or several.
+    assert 4 <= len(found[0][0]["keep"]["body.0"]) <= 7
+    assert same(only_weights_that_ranks_share(found[0][3]), only_weights_that_ranks_share(found[1][3]))
+    assert found[0][4] > 5
+    assert found[1][4] == 0
+
+
+def test_a_latency_out_of_reach_is_so_for_all(processes, tmp_path):
+    found = processes(2)(cut_to_a_latency, tmp_path, {"keep_latency": 0.2, "include": ["body.0"], "min_width": 6})
+    assert "`keep_latency=0.2` cannot be reached: with `min_width=6` the smallest network has 0." in found[0]
+    assert found[1] == found[0]
+
+
+class Sharded(Plain):
+    """Its optimizer's state is divided among the ranks."""
+
+    def configure_optimizers(self):
+        return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=torch.optim.Adam, lr=0.01)
+
+
+def fit_sharded(folder):
+    trainer = ddp_trainer(folder, PFAPruning(at_epoch=1, energy=0.9), max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="ZeroRedundancyOptimizer keeps on each rank the state of some") as caught:
+        trainer.fit(Sharded(), DataLoader(digits(0, 100), 25), val_loader())
+    return trainer.global_step, str(caught.value)
+
+
+def test_an_optimizer_divided_among_the_ranks_is_refused_at_the_start(processes, tmp_path):
+    for steps, said in processes(2)(fit_sharded, tmp_path):
+        assert steps == 0
+        assert "Use the optimizer that it wraps" in said
 
 
 # ---------------------------------------------------------------- failures

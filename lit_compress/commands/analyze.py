@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from lit_compress.analysis import analyze
 from lit_compress.callbacks import PFAPruning, PruningCallback
-from lit_compress.callbacks.steps import silent_step
+from lit_compress.callbacks.steps import silent_step, step_stopwatch
 from lit_compress.checkpoint import load_pruned
 from lit_compress.commands.lightning import analysis_loader, configured
 from lit_compress.pictures import plot_spectra, plot_widths
@@ -30,20 +30,24 @@ def main(args: Sequence[str]) -> None:
     target.add_argument("--energy", type=float, help="share of response energy to keep")
     target.add_argument("--keep_params", type=float, help="share of the parameters to keep")
     target.add_argument("--keep_mult_adds", type=float, help="share of the mult-adds to keep")
+    target.add_argument("--keep_latency", type=float, help="share of a step's time to keep, at the config's batch size")
     options, overrides = parser.parse_known_args(args)
 
     cli = configured(options.config, overrides)
     model = cli.model if options.ckpt is None else load_pruned(cli.model, options.ckpt)
-    given = {name: value for name in ("energy", "keep_params", "keep_mult_adds") if (value := getattr(options, name)) is not None}
+    targets = ("energy", "keep_params", "keep_mult_adds", "keep_latency")
+    given = {name: value for name in targets if (value := getattr(options, name)) is not None}
     callbacks = [callback for callback in cli.trainer.callbacks if isinstance(callback, PruningCallback)]
     pruning = PFAPruning(**given) if given or not callbacks else callbacks[0]
+    loader = analysis_loader(cli.datamodule)
     analysis = analyze(
         model,
-        analysis_loader(cli.datamodule),
+        loader,
         forward_fn=silent_step,
         max_samples=pruning.max_samples,
         skips=pruning.skips,
         progress=lambda batches, total: tqdm(batches, total=total, desc="Analysis", leave=False),
+        stopwatch=step_stopwatch(cli.trainer, model, next(iter(loader))),
     )
     recipe = pruning.choose(analysis)
     table = analysis.preview(recipe)

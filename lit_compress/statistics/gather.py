@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -125,13 +126,20 @@ class _Watch:
         self.handle = (
             module.register_forward_hook(lambda module, inputs, output: self._look(_own_channels(module, output)))
             if tap.side == "output"
-            else module.register_forward_pre_hook(lambda module, inputs: self._look(inputs[tap.position]))
+            else module.register_forward_pre_hook(
+                lambda module, inputs, named: self._look(_input(module, inputs, named, tap.position)), with_kwargs=True
+            )
         )
 
     def _look(self, value: Tensor) -> None:
         if self._tap.call in (None, self.calls):
             self._see(value.movedim(-1, 1) if self._channels_last and value.ndim > 2 else value)
         self.calls += 1
+
+
+def _input(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], position: int) -> Any:
+    """One of a module's inputs, by its position in the signature of `forward`, however it was given."""
+    return inputs[position] if position < len(inputs) else inspect.signature(module.forward).bind(*inputs, **named).args[position]
 
 
 def _own_channels(module: nn.Module, output: Tensor) -> Tensor:
