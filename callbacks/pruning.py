@@ -17,6 +17,7 @@ from typing_extensions import override
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze, matches
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
+from lit_compress.callbacks.fallback import Fallback, Kept
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
@@ -35,6 +36,7 @@ from lit_compress.callbacks.steps import (
 )
 from lit_compress.checkpoint import write_plan
 from lit_compress.latency import Comparison
+from lit_compress.norms import reestimate_norms
 from lit_compress.optimizer_state import refuse_sharded
 from lit_compress.plan import Plan, plan_of
 from lit_compress.ranks import as_one, share
@@ -71,6 +73,12 @@ class PruningCallback(Callback, ABC):
         loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
             module or the datamodule if there is one, otherwise the training data.
         max_samples: Use this many samples of it, drawn at random with a fixed seed. None for all.
+        max_drop: Points (hundredths of a fraction such as accuracy) that ``monitor`` may be worse by than before the first cut.
+            If fine-tuning has not come back to within it after ``patience`` validations without a new best, the network goes
+            back to before the cut and a milder one is tried, by bisection; a run never ends with a network that has lost more.
+            Until that is decided, checkpoints hold the network before the cut as well. None: a cut stays whatever it costs.
+        reestimate_norms: Pass the analysis data through the cut network once more, to take the running statistics of its batch
+            norms anew.
         restart_schedule: Let fine-tuning have the full training's schedule: right after a cut, every scheduler is again as it was
             when training began, and so are the learning rate and momentum of every parameter group. ``max_epochs`` stays: it
             counts training and fine-tuning together, and the schedule should be made for one of them. By default the running
@@ -98,6 +106,8 @@ class PruningCallback(Callback, ABC):
         compensate: bool = False,
         loader: Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None = None,
         max_samples: int | None = None,
+        max_drop: float | None = None,
+        reestimate_norms: bool = False,
         restart_schedule: bool = False,
         evaluate: bool = True,
         verify: bool = True,
@@ -123,11 +133,19 @@ class PruningCallback(Callback, ABC):
         self.include, self.exclude, self.min_width = tuple(include), tuple(exclude), min_width
         self.round_to, self.skips, self.compensate = round_to, skips, compensate
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
-        self.restart_schedule = restart_schedule
+        self.restart_schedule, self.reestimate_norms = restart_schedule, reestimate_norms
+        self.fallback: Fallback | None = None
+        if max_drop is not None:
+            if not evaluate:
+                raise MisconfigurationException("`max_drop` needs the value before the cut: leave `evaluate=False` out.")
+            self.fallback = Fallback(
+                max_drop=max_drop, monitor=self.schedule.monitor, mode=self.schedule.mode, patience=self.schedule.patience
+            )
         self.reports: list[CutReport] = []
         self._first_schedule: dict[str, Any] | None = None  # if it is to be restarted
         self._resumed_rng: list[dict[str, Any]] | None = None  # by rank
         self._failed = False
+        self._final: dict[str, float] = {}  # metrics of a network that was put back at the end
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
 
     @abstractmethod
@@ -152,10 +170,13 @@ class PruningCallback(Callback, ABC):
         if stage != "fit":
             return
         self._resumed_rng = self._validated = None
+        self._final = {}
         self._failed = False
         if trainer.global_step == 0:  # what is resumed brings its own state later
             self.schedule.reset()
             self.reports, self._first_schedule = [], None
+            if self.fallback is not None:
+                self.fallback.reset()
         if not is_dev_run(trainer):
             self.schedule.resolve(trainer.max_epochs)
         refuse_strategy(trainer)
@@ -189,7 +210,14 @@ class PruningCallback(Callback, ABC):
         if self._validated is not None:  # resumed from between a validation and the end of its epoch
             self.schedule.watch(self._validated)
             self._validated = None
-        if self.schedule.due(trainer.current_epoch) or (is_dev_run(trainer) and not self.schedule.cuts):
+        if self.fallback is not None and self.fallback.must_go_back:
+            self.reports = self.fallback.go_back(trainer, pl_module)
+            if self.fallback.searching:
+                self.schedule.cuts.pop()  # the same cut again
+                self.cut_now(trainer, pl_module)
+        elif self.fallback is not None and self.fallback.searching:
+            return
+        elif self.schedule.due(trainer.current_epoch) or (is_dev_run(trainer) and not self.schedule.cuts):
             self.cut_now(trainer, pl_module)
 
     @override
@@ -201,14 +229,31 @@ class PruningCallback(Callback, ABC):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validated is not None or not trainer.enable_validation:
             self.schedule.watch({**trainer.callback_metrics, **(self._validated or {}), **self._monitored(trainer)})
+        if self.fallback is not None and self._validated:
+            self.fallback.watch(trainer, pl_module, self.reports, self._validated)
         self._validated = None
+        # Before `ModelCheckpoint`, which comes last, writes the file of the last epoch.
+        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+            self._end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not leave training with a network that has lost more than it may."""
+        if self.fallback is None or not (value := self._monitored(trainer)):
+            return
+        if (reports := self.fallback.end(trainer, pl_module, value[self.schedule.monitor])) is not None:
+            self.reports, self._final = reports, evaluate(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.reports:
             return
         first = self.reports[0].before
-        final = over_ranks({name: float(value) for name, value in trainer.callback_metrics.items() if name in first.metrics})
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | self._final
+        final = over_ranks({name: value for name, value in metrics.items() if name in first.metrics})
         self.reports[-1].finish(trainer, first, final)
 
     @override
@@ -227,6 +272,7 @@ class PruningCallback(Callback, ABC):
             "validated": self._validated,
             "rng": [rng.collect()] if self._failed else share(rng.collect()),
             "reports": [report.to_dict() for report in self.reports],
+            "fallback": None if self.fallback is None else self.fallback.state_dict(),
         }
 
     @override
@@ -236,6 +282,8 @@ class PruningCallback(Callback, ABC):
         self._validated = state_dict["validated"]
         self._resumed_rng = state_dict["rng"]
         self.reports = [CutReport.from_dict(report) for report in state_dict["reports"]]
+        if self.fallback is not None and state_dict["fallback"] is not None:
+            self.fallback.load_state_dict(state_dict["fallback"])
 
     def _monitored(self, trainer: Trainer) -> dict[str, float]:
         """The monitored metric, if it is logged, the same on all ranks, which must cut together."""
@@ -274,7 +322,10 @@ class PruningCallback(Callback, ABC):
                     compensate=self.compensate,
                     stopwatch=stopwatch,
                 )
-                recipe = Recipe.from_dict(share(self.choose(analysis).to_dict())[0])
+                recipe = self.choose(analysis)
+                if self.fallback is not None and self.fallback.strength < 1:
+                    recipe = analysis.milder(recipe, self.fallback.strength)
+                recipe = Recipe.from_dict(share(recipe.to_dict())[0])
                 # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
                 plan = plan_for(pl_module, analysis.graph, recipe)
                 _refuse_disagreement(plan)
@@ -282,6 +333,9 @@ class PruningCallback(Callback, ABC):
                 restart = None if self._first_schedule is None else prepare_restart(trainer, self._first_schedule)
                 parameters, metrics = count_parameters(pl_module), self._validate(trainer, pl_module)
                 averages = averages_of(trainer)
+                if self.fallback is not None:
+                    self.fallback.check(metrics)
+                kept = None if self.fallback is None else Kept.of(trainer, pl_module, self.reports)
             with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], trainer.optimizers):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
@@ -295,6 +349,8 @@ class PruningCallback(Callback, ABC):
                 share(None)  # norms that sync over ranks talk to the others in training mode
                 if trains and (error := training_error(trainer, pl_module, batch)) is not None:
                     _refuse_training(pl_module, analysis, error)
+                if self.reestimate_norms:
+                    reestimate_norms(pl_module, loader, lambda one: silent_step(pl_module, one))
                 speed = stopwatch.look_back(plan)
                 before = Measurement(parameters, analysis.mult_adds(), speed.before, metrics)
                 after = Measurement(
@@ -309,6 +365,8 @@ class PruningCallback(Callback, ABC):
             after=after,
             batch_size=stopwatch.batch_size,
         )
+        if self.fallback is not None and kept is not None:
+            self.fallback.begin(kept, metrics)
         self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
@@ -324,6 +382,8 @@ class PruningCallback(Callback, ABC):
                     warn_if_cut_short(trainer)
         else:
             rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
+            if self.fallback is not None:
+                self.fallback.settle()
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         return evaluate(trainer, pl_module) if self.evaluate else {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_compress import ranks, rng
 from lit_compress.statistics.gather import batch_size
@@ -46,6 +46,9 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], run: Callable[[An
         return 0
     before = [(module, module.training) for module in model.modules()]
     kept = [(norm, norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)]) for norm in norms]
+    for norm in norms:
+        for buffer in norm.buffers(recurse=False):
+            buffer.data = buffer.data.clone()  # whoever has kept the storage can go back to it
     seen = 0
     try:
         with ranks.as_one(), rng.isolated(), torch.no_grad():
@@ -63,9 +66,11 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], run: Callable[[An
                 raise ValueError("Batch norms need batches of two samples or more to take their statistics anew.")
             for norm in norms:
                 for name in ("running_mean", "running_var"):
-                    buffer: Any = getattr(norm, name)
-                    found = ranks.share(buffer.cpu())
-                    buffer.copy_(sum(count * one for count, one in zip(counts, found, strict=True)) / sum(counts))
+                    statistic: Tensor = getattr(norm, name)
+                    found = ranks.share(statistic.cpu())
+                    statistic.copy_(
+                        torch.stack([count * one for count, one in zip(counts, found, strict=True)]).sum(0) / sum(counts)
+                    )
     except BaseException:
         for norm, _, buffers in kept:
             for buffer, value in zip(norm.buffers(recurse=False), buffers, strict=True):
