@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_compress.migration import migrated
 from lit_compress.naming import relocation
 from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
@@ -45,12 +46,7 @@ def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
     entry = checkpoint.get(KEY)
     if entry is None:
         return None
-    if entry.get("format") != FORMAT:
-        raise ValueError(
-            f"The checkpoint was written in format {entry.get('format')} but this version of lit-compress reads format {FORMAT}; "
-            "upgrade lit-compress."
-        )
-    return Plan.from_dict(entry["plan"])
+    return Plan.from_dict(migrated(entry, FORMAT, {}, "checkpoint")["plan"])
 
 
 def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:

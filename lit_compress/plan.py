@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lit_compress.migration import Migration, migrated
 from lit_compress.naming import relocation
 from lit_compress.optimizer_state import prepared
 from lit_compress.padding import Pad, pad_modules
 from lit_compress.recipe import Recipe
 from lit_compress.slicing import all_tensors, cut_tensors
 
-FORMAT = 1
+FORMAT = 2
+# Format that a file may have -> its plan in the next format.
+_MIGRATIONS: Mapping[int, Migration] = {1: lambda data: {"transient": [], "pads": {}, **data}}  # blocks were not padded back yet
 Dims: TypeAlias = Mapping[int, tuple[int, ...]]
 _ATTRIBUTE = "lit_compress_plan"
 
@@ -207,11 +210,7 @@ class Plan:
         Raises:
             ValueError: If the format is from the future, or a field is missing.
         """
-        if data.get("format") != FORMAT:
-            raise ValueError(
-                f"The plan has format {data.get('format')} but this version of lit-compress reads format {FORMAT}; "
-                "upgrade lit-compress."
-            )
+        data = migrated(data, FORMAT, _MIGRATIONS, "plan")
         if missing := sorted({"recipe", "keep", "shapes", "transient", "pads"} - set(data)):
             raise ValueError(f"Expected a plan but {missing} are missing.")
         keep = {name: {int(dim): tuple(indices) for dim, indices in dims.items()} for name, dims in data["keep"].items()}

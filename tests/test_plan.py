@@ -421,9 +421,9 @@ def test_a_plan_that_is_stored_is_the_same_plan(tmp_path):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"format": 2}, "has format 2 but this version of lit-compress reads format 1; upgrade"),
+        ({"format": 3}, "has format 3 but this version of lit-compress reads formats up to 2; upgrade"),
         ({}, "has format None"),
-        ({"format": 1, "keep": {}}, r"Expected a plan but \['pads', 'recipe', 'shapes', 'transient'\] are missing"),
+        ({"format": 2, "keep": {}}, r"Expected a plan but \['pads', 'recipe', 'shapes', 'transient'\] are missing"),
     ],
 )
 def test_what_is_no_plan_is_refused(data, said):
@@ -487,3 +487,11 @@ def test_what_is_noted_can_be_taken_back_and_is_in_no_state_dict():
     assert plan_of(copy.deepcopy(holder)) == plan.renamed(add="0.")
     assert clone(model(IMAGES))
     assert set(model.state_dict()) == set(rich().state_dict())
+
+
+def test_a_plan_of_the_first_format_is_read_as_one_without_padded_blocks():
+    torch.manual_seed(0)
+    plan = cut(mlp(), Recipe(keep={"0": KEEP}), X)
+    old = {name: value for name, value in plan.to_dict().items() if name not in ("pads", "transient")} | {"format": 1}
+    assert Plan.from_dict(old) == plan
+    assert Plan.from_dict(old).to_dict()["format"] == 2
