@@ -19,6 +19,7 @@ from pytorch_lightning import Callback, LightningModule, seed_everything
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
@@ -271,6 +272,30 @@ def test_after_the_cut_every_rank_takes_the_step_of_the_averaged_gradient(proces
     assert not any(torch.equal(end[name], start[0][name]) for name in ("net.0.weight", "net.3.weight", "net.8.weight"))
     for name, value in ours.named_parameters():
         torch.testing.assert_close(end[name], value.data, rtol=1e-3, atol=1e-4)
+
+
+def halved(state, bucket):
+    """A communication hook: sums the gradients of all ranks in half their size and twice their number."""
+    parts = bucket.buffer().double() / ranks.world_size()
+    future = torch.distributed.all_reduce(parts, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0].float())
+
+
+def test_a_communication_hook_is_there_again_after_the_cut(processes, tmp_path):
+    (widths, start, mine, end, _), (_, _, theirs, _, _) = processes(2)(train_on, tmp_path, 16, 2, 200, {"ddp_comm_hook": halved})
+    ours = by_hand(start, [mine, theirs], widths, len(mine))
+    for name, value in ours.named_parameters():
+        torch.testing.assert_close(end[name], value.data, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_compressed_to_half_precision_survive_a_cut_on_cuda(tmp_path):
+    strategy = DDPStrategy(process_group_backend="nccl", ddp_comm_hook=fp16_compress_hook)
+    callback, model = PFAPruning(at_epoch=1, energy=0.9), Plain()
+    trainer = new_trainer(tmp_path, callback, strategy=strategy, accelerator="gpu", devices=1, max_epochs=2)
+    trainer.fit(model, DataLoader(digits(0, 100), 16), val_loader())
+    assert callback.reports[0].recipe.widths["net.0"] == len(model.net[0].weight) < 12
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 class Sleepy(Theirs):

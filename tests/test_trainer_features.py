@@ -138,3 +138,38 @@ def test_a_tuner_before_training_neither_cuts_nor_hinders_the_cut(tuner, first, 
     assert len(callback.reports) == 1
     assert callback.reports[0].before.parameters == count_parameters(Tuned())  # nothing was cut before
     assert module.net[0].out_features == callback.reports[0].recipe.widths["net.0"] < 40
+
+
+class ByHand(Small):
+    """Optimizes by itself, with two optimizers, and scaled gradients if asked to."""
+
+    def __init__(self, scale):
+        super().__init__(width=40)
+        self.automatic_optimization = False
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+
+    def training_step(self, batch, batch_idx):
+        optimizers = [optimizer.optimizer for optimizer in self.optimizers()]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(self.scaler.scale(F.cross_entropy(self.net(batch[0]), batch[1])))
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[:3].parameters(), 0.05, momentum=0.9), torch.optim.Adam(self.net[3:].parameters(), 0.01)]
+
+
+def test_a_gradient_scaler_goes_on_through_two_cuts(tmp_path):
+    runs = []
+    for scale in (1.0, 1024.0):  # powers of two, so that scaling is exact
+        torch.manual_seed(1)
+        module = ByHand(scale)
+        callback = PFAPruning(keep_params=0.4, every_n_epochs=2, max_cuts=2)
+        fit(tmp_path / str(scale), module, callback, max_epochs=6)
+        assert callback.schedule.cuts == [2, 4]
+        assert module.scaler.get_scale() == scale * 2 ** (18 // 4)  # it has counted all 18 steps
+        runs.append(module)
+    assert runs[0].net[0].out_features < 40
+    assert same(dict(runs[0].state_dict()), dict(runs[1].state_dict()))
