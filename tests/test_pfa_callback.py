@@ -498,7 +498,7 @@ def test_refuses_at_the_start_of_a_fit(options, trainer_options, text, tmp_path,
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_refuses_strategies_that_shard_the_parameters(name):
     trainer = SimpleNamespace(strategy=type(name, (), {})(), world_size=1, global_step=0, max_epochs=4, fast_dev_run=False)
-    with pytest.raises(MisconfigurationException, match=f"{name} shards the parameters.* `configure_model`"):
+    with pytest.raises(MisconfigurationException, match=f"{name} shards the parameters.* `ApplyRecipe`"):
         PFAPruning().setup(trainer, Small(), "fit")
     PFAPruning().setup(trainer, Small(), "test")
 
