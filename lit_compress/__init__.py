@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lit_compress.checkpoint import load_pruned
     from lit_compress.plan import Plan
     from lit_compress.recipe import Recipe
-    from lit_compress.report import count_mult_adds, count_parameters
+    from lit_compress.report import CostTable, cost_table, count_mult_adds, count_parameters
     from lit_compress.surgery import cut
 
 __version__ = "0.1.0"
@@ -22,16 +22,29 @@ __version__ = "0.1.0"
 # Public name -> module that holds it. Loaded on first use, so that `import lit_compress` needs no torch.
 _HOMES = {
     "Analysis": "lit_compress.analysis",
+    "CostTable": "lit_compress.report",
     "Plan": "lit_compress.plan",
     "Recipe": "lit_compress.recipe",
     "analyze": "lit_compress.analysis",
+    "cost_table": "lit_compress.report",
     "count_mult_adds": "lit_compress.report",
     "count_parameters": "lit_compress.report",
     "cut": "lit_compress.surgery",
     "load_pruned": "lit_compress.checkpoint",
 }
 
-__all__ = ["Analysis", "Plan", "Recipe", "analyze", "count_mult_adds", "count_parameters", "cut", "load_pruned"]
+__all__ = [
+    "Analysis",
+    "CostTable",
+    "Plan",
+    "Recipe",
+    "analyze",
+    "cost_table",
+    "count_mult_adds",
+    "count_parameters",
+    "cut",
+    "load_pruned",
+]
 
 
 def __getattr__(name: str) -> Any:

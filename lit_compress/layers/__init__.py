@@ -1,6 +1,7 @@
 """Drop-in layers with fewer parameters: compressed linear transforms, their pointwise convolutions, and cheap blocks."""
 
 from lit_compress.layers.acdc import ACDCConv1x1, ACDCLinear
+from lit_compress.layers.blocks import Bottleneck, GroupedPointwise, conv_block
 from lit_compress.layers.hashed import HashedConv1x1, HashedLinear
 from lit_compress.layers.rank_factorized import RankFactorizedConv1x1, RankFactorizedLinear
 from lit_compress.layers.separable import SeparableConv2d
@@ -12,6 +13,8 @@ from lit_compress.layers.tucker import TuckerConv1x1, TuckerLinear
 __all__ = [
     "ACDCConv1x1",
     "ACDCLinear",
+    "Bottleneck",
+    "GroupedPointwise",
     "HashedConv1x1",
     "HashedLinear",
     "RankFactorizedConv1x1",
@@ -25,4 +28,5 @@ __all__ = [
     "TensorTrainLinear",
     "TuckerConv1x1",
     "TuckerLinear",
+    "conv_block",
 ]

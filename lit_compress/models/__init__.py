@@ -4,14 +4,18 @@ from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
 from lit_compress.models.simple_cnn import SimpleCNN
 from lit_compress.models.vgg import VGGCIFAR
+from lit_compress.models.wide_resnet import PreActBlock, WideResNet, wide_resnet50_2
 
 __all__ = [
     "MLP",
     "VGGCIFAR",
     "LeNet5",
     "LeNet300100",
+    "PreActBlock",
     "ResNetCIFAR",
     "ResidualBlock",
     "SimpleCNN",
+    "WideResNet",
     "ZeroPadShortcut",
+    "wide_resnet50_2",
 ]
