@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lit_compress import rng
-from lit_compress.analysis import Analysis, analyze, matches
+from lit_compress.analysis import Analysis, analyze
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
@@ -26,6 +26,7 @@ from lit_compress.callbacks.schedule import CutSchedule
 from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
 from lit_compress.checkpoint import write_plan
 from lit_compress.graph import evaluating
+from lit_compress.naming import matches
 from lit_compress.plan import Plan, plan_of
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe

@@ -12,6 +12,8 @@ if not (_FOLDER / "callbacks" / "__init__.py").exists():
 if TYPE_CHECKING:
     from lit_compress.analysis import Analysis, analyze
     from lit_compress.checkpoint import load_pruned
+    from lit_compress.layers.linear_substitution import substitute_linear
+    from lit_compress.layers.substitution import Substitution, substitute_blocks, substitutions_of
     from lit_compress.plan import Plan
     from lit_compress.recipe import Recipe
     from lit_compress.report import CostTable, cost_table, count_mult_adds, count_parameters
@@ -25,12 +27,16 @@ _HOMES = {
     "CostTable": "lit_compress.report",
     "Plan": "lit_compress.plan",
     "Recipe": "lit_compress.recipe",
+    "Substitution": "lit_compress.layers.substitution",
     "analyze": "lit_compress.analysis",
     "cost_table": "lit_compress.report",
     "count_mult_adds": "lit_compress.report",
     "count_parameters": "lit_compress.report",
     "cut": "lit_compress.surgery",
     "load_pruned": "lit_compress.checkpoint",
+    "substitute_blocks": "lit_compress.layers.substitution",
+    "substitute_linear": "lit_compress.layers.linear_substitution",
+    "substitutions_of": "lit_compress.layers.substitution",
 }
 
 __all__ = [
@@ -38,12 +44,16 @@ __all__ = [
     "CostTable",
     "Plan",
     "Recipe",
+    "Substitution",
     "analyze",
     "cost_table",
     "count_mult_adds",
     "count_parameters",
     "cut",
     "load_pruned",
+    "substitute_blocks",
+    "substitute_linear",
+    "substitutions_of",
 ]
 
 

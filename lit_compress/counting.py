@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_compress import rng
 from lit_compress.graph import evaluating
-from lit_compress.layers.structured import StructuredLinear
+from lit_compress.layers.structured import Pointwise, StructuredLinear
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 def _document_extras(module: nn.Module, args: Any, out: Tensor) -> int:
     if isinstance(module, nn.ReLU):
         return out.numel()
-    if isinstance(module, nn.Linear | StructuredLinear) and module.bias is not None:
+    if isinstance(module, nn.Linear | StructuredLinear) and not isinstance(module, Pointwise) and module.bias is not None:
         return out.numel()
     if isinstance(module, nn.AvgPool2d | nn.MaxPool2d):
         size = module.kernel_size

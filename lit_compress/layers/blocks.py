@@ -119,6 +119,7 @@ class GroupedPointwise(nn.Module):
         out_channels: Channels that go out.
         groups: Groups, which divide ``in_channels``.
         kernel_size, stride, padding, dilation: Of the grouped convolution.
+        bias: Whether the pointwise convolution has one.
 
     Example:
         >>> import torch
@@ -135,11 +136,12 @@ class GroupedPointwise(nn.Module):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 1,
         dilation: int | tuple[int, int] = 1,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.grouped = nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, dilation, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(in_channels)
-        self.pointwise = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps to maps."""

@@ -62,7 +62,7 @@ class HashedLinear(StructuredLinear):
             raise ValueError(f"Argument `weights` must be at least {1 + legacy} but got {weights}.")
         self._refuse_missing_path()
         self.legacy = legacy
-        self.weight = nn.Parameter(draw((weights,), 1 / (3 * in_features)))
+        self.shared = nn.Parameter(draw((weights,), 1 / (3 * in_features)))
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu"))
         self.register_buffer("seed", torch.tensor(seed))
@@ -76,7 +76,7 @@ class HashedLinear(StructuredLinear):
 
     @override
     def matrix(self) -> Tensor:
-        return self.weight[self.index]
+        return self.shared[self.index]
 
     @override
     def apply_factors(self, x: Tensor) -> Tensor:
@@ -91,16 +91,18 @@ class HashedLinear(StructuredLinear):
     def fit(self, matrix: Tensor) -> None:
         """Nearest matrix with these entries tied: each number is the mean of its entries, 0 if there are none."""
         places = self.index.flatten()
-        totals = torch.zeros_like(self.weight).index_add_(0, places, matrix.flatten())
+        totals = torch.zeros_like(self.shared).index_add_(0, places, matrix.flatten())
         with torch.no_grad():
-            self.weight.copy_(totals / torch.bincount(places, minlength=len(totals)).clamp(min=1))
+            self.shared.copy_(totals / torch.bincount(places, minlength=len(totals)).clamp(min=1))
 
     def _draw(self, seed: int) -> Tensor:
         """Which number each entry takes."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.out_features, self.in_features)
-        index = torch.randint(len(self.weight) - self.legacy, shape, generator=generator, device="cpu")
-        return index.to(self.weight.device)
+        if self.shared.is_meta:
+            return torch.empty(shape, dtype=torch.int64, device="meta")
+        index = torch.randint(len(self.shared) - self.legacy, shape, generator=generator, device="cpu")
+        return index.to(self.shared.device)
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

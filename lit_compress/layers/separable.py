@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_compress.layers.structured import draw
+from lit_compress.layers.structured import Pointwise, draw
 
 
 class SeparableConv2d(nn.Module):
@@ -58,6 +59,29 @@ class SeparableConv2d(nn.Module):
             self.pointwise: nn.Module = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
         else:
             self.pointwise = transform(in_channels, out_channels, bias=bias)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Conv2d, transform: type[Pointwise] | None = None, **knobs: Any) -> SeparableConv2d:
+        """The nearest separable convolution to a trained one, its pointwise part then brought into the transform's form.
+
+        For every input channel, filters over its k × k taps are a matrix; the separable one has it of rank 1.
+
+        Args:
+            dense: Convolution of one group, padded with zeros.
+            transform: Class of the pointwise transform, None for a dense one.
+            knobs: What its constructor takes besides.
+        """
+        shared = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        layer = cls(**{name: getattr(dense, name) for name in shared}, bias=dense.bias is not None).to(dense.weight)
+        u, values, vh = torch.linalg.svd(dense.weight.detach().flatten(2).transpose(0, 1), full_matrices=False)  # (in, out, k²)
+        pointwise = nn.Conv2d(dense.in_channels, dense.out_channels, kernel_size=1, bias=dense.bias is not None).to(dense.weight)
+        with torch.no_grad():
+            layer.depthwise.weight.copy_(vh[:, :1].view_as(layer.depthwise.weight))
+            pointwise.weight.copy_((u[..., 0] * values[:, :1]).T[:, :, None, None])
+            if pointwise.bias is not None and dense.bias is not None:
+                pointwise.bias.copy_(dense.bias)
+        layer.pointwise = pointwise if transform is None else transform.from_dense(pointwise, **knobs)
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps to maps."""

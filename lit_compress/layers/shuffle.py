@@ -114,6 +114,14 @@ class ShuffleConv1x1(Pointwise, ShuffleLinear):
     """
 
     @override
+    def count_mult_adds(self, x: Tensor, out: Tensor, *, printed: bool = False) -> int:
+        if not printed:
+            return super().count_mult_adds(x, out)
+        # The released code takes the step between the two grouped transforms.
+        before, after = x.numel() // self.in_channels, out.numel() // self.out_channels
+        return self.contract.numel() * before + (self.scale.numel() + self.expand.numel()) * after
+
+    @override
     def apply_factors_to_maps(self, x: Tensor) -> Tensor:
         contracted = F.conv2d(x, self.contract[:, :, None, None], groups=self.groups)
         scaled = F.channel_shuffle(contracted, self.groups) * self.scale[:, None, None]
@@ -193,10 +201,9 @@ class ShuffleConv2d(ShuffleConv1x1):
 
     @override
     def count_mult_adds(self, x: Tensor, out: Tensor, *, printed: bool = False) -> int:
-        before, after = x.numel() // self.in_channels, out.numel() // self.out_channels
         if printed or self._takes_factors(training=False):
-            return self.contract.numel() * before + (self.scale.numel() + self.expand.numel()) * after
-        return self.in_channels * self.out_channels * self.scale[0].numel() * after
+            return super().count_mult_adds(x, out, printed=True)
+        return self.to_dense().numel() * (out.numel() // self.out_channels)
 
 
 def _riffle(x: Tensor, groups: int) -> Tensor:

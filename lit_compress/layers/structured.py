@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
@@ -97,7 +98,7 @@ class StructuredLinear(nn.Module, ABC):
         shape = cls._shape_of(dense)
         weight = dense.weight
         assert isinstance(weight, Tensor)
-        return cls(**shape, bias=dense.bias is not None, **knobs).to(weight)
+        return cls(**shape, bias=dense.bias is not None, **knobs).to(weight.device, weight.dtype)
 
     @classmethod
     def from_dense(cls, dense: nn.Module, **knobs: Any) -> Self:
@@ -129,6 +130,11 @@ class StructuredLinear(nn.Module, ABC):
     def printed_mult_adds(self) -> int:
         """Mult-adds on one input as the document counts them: hashed and tensor layers as dense ones."""
         return self.in_features * self.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`to_dense`, for code that reads the weight of a dense layer."""
+        return self.to_dense()
 
     def count_mult_adds(self, x: Tensor, out: Tensor, *, printed: bool = False) -> int:
         """Mult-adds of one forward; a bias is not counted.
@@ -183,7 +189,8 @@ class StructuredLinear(nn.Module, ABC):
 
     def _weight(self) -> Tensor:
         """The matrix; without gradients, the one computed before if no parameter has changed since."""
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+        device = next(self.parameters()).device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             # What runs the code on something else than numbers (a trace, an export, fake tensors) must see the computation.
             if torch.is_grad_enabled() or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
                 return self.matrix()

@@ -42,6 +42,16 @@ class PreActBlock(nn.Module):
         if stride > 1 or in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
 
+    def use_block(self, block: str) -> None:
+        """Put another kind of block, newly drawn, in place of the branch; the first norm and the shortcut stay.
+
+        Raises:
+            ValueError: If the block does not fit; nothing has changed then.
+        """
+        branch = conv_block(block, self.in_channels, self.out_channels, self.stride)[2:]
+        init_convolutions(branch)
+        self.branch = branch.to(next(self.norm.parameters())).train(self.training)
+
     def forward(self, maps: Tensor) -> Tensor:
         """The sum of branch and shortcut, not activated."""
         activated = self.relu(self.norm(maps))
