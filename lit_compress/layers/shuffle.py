@@ -183,6 +183,11 @@ class ShuffleConv2d(ShuffleConv1x1):
         dense = _blocks(self.expand, self.groups) @ kernel.flatten(1)
         return dense.view(self.out_channels, self.in_channels, *self.kernel_size)
 
+    @property
+    @override
+    def dense_elements(self) -> int:
+        return self.in_channels * self.out_channels * self.kernel_size[0] * self.kernel_size[1]
+
     @override
     def matrix(self) -> Tensor:
         """The kernel as a matrix ``(out_channels, in_channels · k²)``."""
@@ -203,7 +208,7 @@ class ShuffleConv2d(ShuffleConv1x1):
     def count_mult_adds(self, x: Tensor, out: Tensor, *, printed: bool = False) -> int:
         if printed or self._takes_factors(training=False):
             return super().count_mult_adds(x, out, printed=True)
-        return self.to_dense().numel() * (out.numel() // self.out_channels)
+        return self.dense_elements * (out.numel() // self.out_channels)
 
 
 def _riffle(x: Tensor, groups: int) -> Tensor:

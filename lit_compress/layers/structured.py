@@ -157,6 +157,11 @@ class StructuredLinear(nn.Module, ABC):
         return sum(p.numel() for name, p in self.named_parameters() if name != "bias")
 
     @property
+    def dense_elements(self) -> int:
+        """Elements of the weight that a dense layer would have."""
+        return self.in_features * self.out_features
+
+    @property
     def compression(self) -> float:
         """Parameters over elements of the matrix that they stand for."""
         return self.matrix_parameters / (self.in_features * self.out_features)
