@@ -6,7 +6,7 @@ import copy
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,6 @@ from lit_compress.surgery import call
 
 Kind = Literal["rank_factorized", "acdc", "hashed", "tensor_train", "tucker", "shuffle"]
 
-_Network = TypeVar("_Network", bound=nn.Module)
 _KINDS: dict[str, tuple[type[StructuredLinear], type[Pointwise]]] = {
     "rank_factorized": (RankFactorizedLinear, RankFactorizedConv1x1),
     "acdc": (ACDCLinear, ACDCConv1x1),
@@ -40,7 +39,7 @@ _FINEST = 1_000_000  # steps of a relative setting between 0 and 1
 
 
 def substitute_linear(
-    network: _Network,
+    network: nn.Module,
     kind: Kind,
     *,
     setting: float | None = None,
@@ -53,7 +52,7 @@ def substitute_linear(
     first: bool = False,
     last: bool = False,
     **options: Any,
-) -> _Network:
+) -> nn.Module:
     """Replace the linear layers and convolutions of any network by compressed ones, in place.
 
     Linear layers and pointwise convolutions are replaced themselves; larger convolutions become a depthwise one, without bias,

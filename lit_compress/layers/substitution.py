@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +18,6 @@ from lit_compress.naming import matches
 from lit_compress.report import as_text, count_parameters
 
 _NOTE = "_lit_compress_substitutions"
-_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ class HasBlock(Protocol):
 
 
 def substitute_blocks(
-    network: _Module, block: str, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), first: bool = False
-) -> _Module:
+    network: nn.Module, block: str, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), first: bool = False
+) -> nn.Module:
     """Replace the convolutions of any network by those of cheap blocks, newly drawn, in place.
 
     Blocks that know how (of :class:`~lit_compress.models.WideResNet`) are replaced whole. Elsewhere ``S-2x2`` and ``G(g)``
@@ -241,7 +240,7 @@ def describe(module: nn.Module) -> str:
     return f"{text}, {'x'.join(map(str, size))}" if isinstance(size, tuple) else text
 
 
-def finish(network: _Module, done: Substitution) -> _Module:
+def finish(network: nn.Module, done: Substitution) -> nn.Module:
     """Note on a network what was replaced, and say it in a line.
 
     Raises:
