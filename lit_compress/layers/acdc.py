@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lit_compress.layers.dct import dct, idct
+from lit_compress.layers.dct import dct, filter_spectrum, from_spectrum, idct, spectrum
 from lit_compress.layers.fitting import fit_by_gradient
 from lit_compress.layers.structured import Path, Pointwise, StructuredLinear
 
@@ -55,7 +55,7 @@ class ACDCLinear(StructuredLinear):
     """
 
     kind = "acdc"
-    slowness = 8.0  # transforms wait for memory
+    slowness = 12.0  # transforms wait for memory (1024 to 1024 numbers, batches of 1024, one CPU thread)
 
     riffle: Tensor
     interleave: Tensor
@@ -118,10 +118,9 @@ class ACDCLinear(StructuredLinear):
                 x = F.pad(x, (0, self.width - self.in_features))
             else:
                 x = x[..., torch.arange(self.width, device=x.device) % self.in_features]
-        interleave = self.interleave
         for a, d in reversed(list(zip(self.a, self.d, strict=True))):
-            x = self.dct(x[..., interleave]) * d
-            x = self.idct(x[..., interleave] if self.legacy else x) * a
+            x = x.index_select(-1, self.interleave)
+            x = self.idct((self.dct(x) * d).index_select(-1, self.interleave)) * a if self.legacy else self.filter(x, d) * a
         return x.unflatten(-1, (self.out_features, -1)).sum(-1) if self.width > self.out_features else x
 
     @property
@@ -146,6 +145,12 @@ class ACDCLinear(StructuredLinear):
     def idct(self, x: Tensor) -> Tensor:
         """Inverse transform of the last dimension, ``x @ C⁻¹``."""
         return idct(x) if self.cosines is None else x @ self.cosines.T.to(x.dtype)
+
+    def filter(self, x: Tensor, d: Tensor) -> Tensor:
+        """``x @ C D C⁻¹``, a symmetric matrix; the diagonal is applied to the transform in the halves that it comes in."""
+        if self.cosines is None:
+            return from_spectrum(filter_spectrum(spectrum(x), d), self.width).to(x.dtype)
+        return self.idct(self.dct(x) * d)
 
 
 class _Product(torch.autograd.Function):
@@ -182,22 +187,33 @@ class _Product(torch.autograd.Function):
 
 def _times(rows: Tensor, a: Tensor, d: Tensor, layer: ACDCLinear) -> Tensor:
     """``rows A C D C⁻¹ P``, with ``P`` before ``D`` too in a legacy layer."""
-    mixed = layer.dct(rows * a)
-    if layer.legacy:
-        mixed = mixed[:, layer.riffle]
-    return layer.idct(mixed * d)[:, layer.riffle]
+    filtered = layer.idct(layer.dct(rows * a).index_select(-1, layer.riffle) * d) if layer.legacy else layer.filter(rows * a, d)
+    return filtered.index_select(-1, layer.riffle)
 
 
 def _backward(rows: Tensor, a: Tensor, d: Tensor, grad: Tensor, layer: ACDCLinear) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`_times` for its first three arguments. A transform's transpose is the other one."""
-    mixed = layer.dct(rows * a)
-    if layer.legacy:
-        mixed = mixed[:, layer.riffle]
-    grad = layer.dct(grad[:, layer.interleave])
-    grad_d = (grad * mixed).sum(0)
-    grad = grad * d
-    grad = layer.idct(grad[:, layer.interleave] if layer.legacy else grad)
+    grad = grad.index_select(-1, layer.interleave)
+    if layer.cosines is None and not layer.legacy:
+        mixed, grad_mixed = spectrum(rows * a), spectrum(grad)
+        grad_d = _pair_up(mixed, grad_mixed, layer.width)
+        grad = from_spectrum(filter_spectrum(grad_mixed, d), layer.width)
+    else:
+        mixed, grad_mixed = layer.dct(rows * a), layer.dct(grad)
+        if layer.legacy:
+            mixed = mixed[:, layer.riffle]
+        grad_d = (grad_mixed * mixed).sum(0)
+        grad = grad_mixed * d
+        grad = layer.idct(grad[:, layer.interleave] if layer.legacy else grad)
     return grad * a, (grad * rows).sum(0), grad_d
+
+
+def _pair_up(one: Tensor, other: Tensor, width: int) -> Tensor:
+    """Sum over rows of the products of two cosine transforms, entry by entry, from their spectra."""
+    products = (torch.view_as_real(one) * torch.view_as_real(other)).sum(0) * (2 / width)
+    total = torch.cat((products[:, 0], products[1 : (width + 1) // 2, 1].flip(0)))
+    total[0] /= 2
+    return total
 
 
 class ACDCConv1x1(Pointwise, ACDCLinear):

@@ -225,5 +225,6 @@ def _blocks(weight: Tensor, groups: int) -> Tensor:
 
 def _grouped(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     """``(*, in)`` times a grouped weight ``(out, in / groups)``."""
-    parts: Tensor = x.unflatten(-1, (groups, 1, -1)) @ weight.unflatten(0, (groups, -1)).mT  # (*, groups, 1, out / groups)
-    return parts.flatten(-3)
+    blocks = weight.unflatten(0, (groups, -1)).mT  # (groups, in / groups, out / groups)
+    parts = torch.bmm(x.reshape(-1, groups, blocks.shape[1]).transpose(0, 1), blocks)
+    return parts.transpose(0, 1).reshape(*x.shape[:-1], -1)
