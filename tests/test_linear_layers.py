@@ -179,7 +179,7 @@ def test_acdc_repeats_a_narrow_input_and_sums_groups_of_a_wide_one():
 
 def test_hashed_entries_are_the_shared_numbers_and_all_are_drawn():
     layer = HashedLinear(30, 20, weights=10, seed=3)
-    assert torch.equal(layer.to_dense(), layer.shared[layer.index])
+    assert torch.equal(layer.to_dense(), layer.shared[layer.index.long()])
     assert set(layer.index.flatten().tolist()) == set(range(10))
     assert torch.equal(layer.index, HashedLinear(30, 20, weights=10, seed=3).index)
     assert not torch.equal(layer.index, HashedLinear(30, 20, weights=10, seed=4).index)

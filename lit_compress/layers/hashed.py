@@ -76,7 +76,7 @@ class HashedLinear(StructuredLinear):
 
     @override
     def matrix(self) -> Tensor:
-        return self.shared[self.index]
+        return self.shared.index_select(0, self.index.flatten()).view(self.index.shape)
 
     @override
     def apply_factors(self, x: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class HashedLinear(StructuredLinear):
         generator = torch.Generator().manual_seed(seed)
         shape = (self.out_features, self.in_features)
         if self.shared.is_meta:
-            return torch.empty(shape, dtype=torch.int64, device="meta")
-        index = torch.randint(len(self.shared) - self.legacy, shape, generator=generator, device="cpu")
+            return torch.empty(shape, dtype=torch.int32, device="meta")
+        index = torch.randint(len(self.shared) - self.legacy, shape, generator=generator, dtype=torch.int32, device="cpu")
         return index.to(self.shared.device)
 
     @override
