@@ -200,6 +200,7 @@ def test_a_share_is_of_the_network_as_it_is():
     network = substitute_linear(small(), "hashed", budget=0.4)
     whole = count_parameters(small())
     assert 0.39 * whole < count_parameters(network) <= 0.4 * whole
+    assert count_parameters(substitute_linear(small(), "tucker", budget=1.0)) <= whole
 
 
 def test_a_budget_that_cannot_be_met_says_the_least():

@@ -63,7 +63,8 @@ def spectrum(x: Tensor) -> Tensor:
 def from_spectrum(half: Tensor, n: int) -> Tensor:
     """Inverse of :func:`spectrum`, ``(*, n)``."""
     folded: Tensor = torch.fft.irfft(half * _twiddle(half.real, n), n=n)
-    return folded.index_select(-1, _fold(folded).argsort())
+    places = torch.arange(n, device=folded.device)
+    return folded.index_select(-1, torch.where(places % 2 == 0, places // 2, n - 1 - places // 2))
 
 
 def filter_spectrum(half: Tensor, d: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def substitute_linear(
         network: Any network.
         kind: What to put in place.
         setting: The setting. Give this or ``budget``.
-        budget: Size of the whole network: a share of what it is now if below 1, otherwise a number. The setting is searched whose
+        budget: Size of the whole network: a share of what it is now up to 1, a number above. The setting is searched whose
             size is the nearest at or below it, and printed.
         of: What the budget counts.
         example_inputs: Needed to count mult-adds; see :func:`lit_compress.count_mult_adds`.
@@ -223,7 +223,7 @@ def _meet(
     """The setting of the largest size that is no larger than a budget, and the budget in words."""
     replaceable = [module for name, module in layers if not walk.reason_to_leave(name, module)]
     prices = _Prices(network, replaceable, of, example_inputs)
-    limit = int(budget * prices.whole) if budget < 1 else int(budget)
+    limit = int(budget * prices.whole) if budget <= 1 else int(budget)
 
     def price(setting: float) -> int:
         return prices.of(partial(_stand_in, kind=kind, setting=setting, **options))
