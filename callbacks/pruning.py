@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lit_compress import rng
-from lit_compress.analysis import Analysis, analyze, matches
+from lit_compress.analysis import Analysis, analyze
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
 from lit_compress.callbacks.fallback import Fallback, Kept
 from lit_compress.callbacks.loaders import analysis_batches
@@ -36,6 +36,7 @@ from lit_compress.callbacks.steps import (
 )
 from lit_compress.checkpoint import write_plan
 from lit_compress.latency import Comparison
+from lit_compress.naming import matches
 from lit_compress.norms import reestimate_norms
 from lit_compress.optimizer_state import refuse_sharded
 from lit_compress.plan import Plan, plan_of

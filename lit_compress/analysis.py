@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import cache
 from itertools import chain
 from math import ceil, prod
@@ -19,6 +18,7 @@ from lit_compress.compensation import readers
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.labels import FIXED
 from lit_compress.latency import Stopwatch, widest_within
+from lit_compress.naming import matches
 from lit_compress.plan import Plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.report import LayerRow, LayerTable, count_parameters
@@ -478,8 +478,3 @@ def _run_first(model: nn.Module, batch: Any) -> Any:
 
 def _energy_widths(chosen: Mapping[str, GroupSpectrum], energy: float) -> dict[str, int]:
     return {name: pfa.energy_width(found.spectrum, energy) for name, found in chosen.items()}
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern such as ``"layer1.*"`` matches a layer's name; a name matches itself, whatever characters it holds."""
-    return name == pattern or fnmatchcase(name, pattern)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress import compiled
+from lit_compress.layers import RankFactorizedLinear, ShuffleLinear
 
 # The attributes of a module that repeat what its tensors' shapes say.
 _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
@@ -24,6 +25,18 @@ _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
     (nn.Linear, lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]}),
     (nn.modules.batchnorm._NormBase, lambda m: _norm_sizes(m)),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
+    (
+        RankFactorizedLinear,
+        lambda m: {"in_features": m.first.shape[1], "rank": m.first.shape[0], "out_features": m.second.shape[0]},
+    ),
+    (
+        ShuffleLinear,
+        lambda m: {
+            "in_features": m.contract.shape[1] * m.groups,
+            "bottleneck": m.contract.shape[0],
+            "out_features": m.expand.shape[0],
+        },
+    ),
 )
 
 

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from lit_compress import Stopwatch, count_parameters, ranks
-from lit_compress.callbacks import CompressionMonitor, PFAPruning, pruning
+from lit_compress.callbacks import CompressionMonitor, CRSWeightDecay, PFAPruning, pruning
+from lit_compress.layers import RankFactorizedLinear
 from lit_compress.statistics import StreamingMean, gather_covariances
 from lit_compress.statistics.gather import in_order
 from tests.modules import (
@@ -696,3 +697,30 @@ def test_refuses_processes_that_hand_their_weights_back(start):
 def test_refuses_a_communication_hook_that_keeps_a_state():
     with pytest.raises(MisconfigurationException, match="keeps a state, dict, of the gradients' sizes"):
         PFAPruning().setup(_trainer_of(DDPStrategy(ddp_comm_state={})), Small(), "fit")
+
+
+# ---------------------------------------------------------------- weight decay of compressed layers
+
+
+class Factorized(Small):
+    def __init__(self):
+        super().__init__()
+        self.net[2] = RankFactorizedLinear(16, 16, rank=2)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, weight_decay=0.5)
+
+
+def scaled_decay(folder):
+    seed_everything(0, verbose=False)
+    module = Factorized()
+    trainer = ddp_trainer(folder, CRSWeightDecay(), max_epochs=2)
+    trainer.fit(module, small_loaders()[0])
+    groups = [(group["weight_decay"], len(group["params"])) for group in trainer.optimizers[0].param_groups]
+    return groups, weights(module)
+
+
+def test_all_ranks_scale_the_decay_alike(processes, tmp_path):
+    (groups, one), (others, other) = processes(2)(scaled_decay, tmp_path)
+    assert groups == others == [(0.5, 5), (0.5 * 2 * 32 / 256, 2)]
+    assert same(one, other)
