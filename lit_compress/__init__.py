@@ -12,6 +12,7 @@ if not (_FOLDER / "callbacks" / "__init__.py").exists():
 if TYPE_CHECKING:
     from lit_compress.analysis import Analysis, analyze
     from lit_compress.checkpoint import load_pruned
+    from lit_compress.initialisation import reinitialize
     from lit_compress.plan import Plan
     from lit_compress.recipe import Recipe
     from lit_compress.report import count_mult_adds, count_parameters
@@ -29,9 +30,10 @@ _HOMES = {
     "count_parameters": "lit_compress.report",
     "cut": "lit_compress.surgery",
     "load_pruned": "lit_compress.checkpoint",
+    "reinitialize": "lit_compress.initialisation",
 }
 
-__all__ = ["Analysis", "Plan", "Recipe", "analyze", "count_mult_adds", "count_parameters", "cut", "load_pruned"]
+__all__ = ["Analysis", "Plan", "Recipe", "analyze", "count_mult_adds", "count_parameters", "cut", "load_pruned", "reinitialize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,18 @@
-"""What the convolutional networks here have in common: conv, batch norm, ReLU, under names that can be read and matched."""
+"""What the convolutional networks here have in common: conv, batch norm, ReLU under readable names, and how they begin."""
 
 from torch import nn
+
+from lit_compress.initialisation import reinitialize
+
+
+class ConvolutionalNetwork(nn.Module):
+    """A network whose convolutions begin as :func:`init_convolutions` has it, and all else as torch does."""
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, in place, as the constructor does, at the widths that the layers have now."""
+        for child in self.children():
+            reinitialize(child)
+        init_convolutions(self)
 
 
 def conv_bn_relu(name: str, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> dict[str, nn.Module]:

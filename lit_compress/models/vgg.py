@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from lit_compress.models.convolution import conv_bn_relu, init_convolutions
+from lit_compress.models.convolution import ConvolutionalNetwork, conv_bn_relu, init_convolutions
 
 # Convolutions of each of the five stages; a 2×2 max-pool ends a stage.
 _STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -12,7 +12,7 @@ _FILTERS = (64, 128, 256, 512, 512)
 _HEAD = 512
 
 
-class VGGCIFAR(nn.Module):
+class VGGCIFAR(ConvolutionalNetwork):
     """VGG for CIFAR: 3×3 convolutions with batch norm, ReLU and dropout, and a head of one hidden layer.
 
     VGG-16 at the default sizes has 14,987,722 parameters. (Its source has 4,224 more: convolution biases, which the batch
