@@ -59,7 +59,7 @@ class PFAPruning(PruningCallback):
         target = dict(self.target)
         for name in ("keep_params", "keep_mult_adds"):
             if name in target:
-                target[name] **= (len(self.schedule.cuts) + 1) / self.schedule.max_cuts
+                target[name] **= self.schedule.progress
         return analysis.recipe(
             energy=target.get("energy"),
             keep_params=target.get("keep_params"),

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze, matches
+from lit_compress.callbacks.anew import Beginning, draw_anew
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
@@ -66,6 +67,9 @@ class PruningCallback(Callback, ABC):
         skips: ``"share"``: layers tied by a skip connection keep the same channels. ``"pad"``: a block with an identity or
             zero-padded skip is cut on its own, and its output scattered back to the width of the skip.
         compensate: Fold what the removed channels give on average into the biases of the layers that read them.
+        weights: ``"kept"``: training goes on with the weights of the channels kept. ``"random"``: the cut decides the
+            architecture alone; all weights are drawn anew, and optimizers forget their state.
+        restart_schedule: Whether learning rates and their schedules begin anew at a cut. By default, they go on.
         loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
             module or the datamodule if there is one, otherwise the training data.
         max_samples: Use this many samples of it, drawn at random with a fixed seed. None for all.
@@ -95,6 +99,8 @@ class PruningCallback(Callback, ABC):
         round_to: int = 1,
         skips: Literal["share", "pad"] = "share",
         compensate: bool = False,
+        weights: Literal["kept", "random"] = "kept",
+        restart_schedule: bool = False,
         loader: Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None = None,
         max_samples: int | None = None,
         evaluate: bool = True,
@@ -115,6 +121,12 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException(f"Argument `round_to` must be at least 1 but got {round_to}.")
         if skips not in ("share", "pad"):
             raise MisconfigurationException(f"Argument `skips` must be 'share' or 'pad' but got {skips!r}.")
+        if weights not in ("kept", "random"):
+            raise MisconfigurationException(f"Argument `weights` must be 'kept' or 'random' but got {weights!r}.")
+        if weights == "random" and compensate:
+            raise MisconfigurationException(
+                "With `weights='random'` no bias is kept that `compensate=True` could be folded into."
+            )
         if max_samples is not None and max_samples < 2:
             raise MisconfigurationException(f"Argument `max_samples` must be at least 2 or None but got {max_samples}.")
         if isinstance(loader, str) and loader not in ("train", "val"):
@@ -127,10 +139,12 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException("Arguments `include` and `exclude` are lists of patterns, not one string.")
         self.include, self.exclude, self.min_width = tuple(include), tuple(exclude), min_width
         self.round_to, self.skips, self.compensate = round_to, skips, compensate
+        self.weights, self.restart_schedule = weights, restart_schedule
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
         self.reports: list[CutReport] = []
         self._resumed_rng: list[dict[str, Any]] | None = None  # by rank
         self._failed = False
+        self._beginning: Beginning | None = None
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
 
     @abstractmethod
@@ -175,6 +189,8 @@ class PruningCallback(Callback, ABC):
                 f"{type(pl_module).__name__} optimizes manually, so that its `training_step` cannot be run without training. "
                 "Give it a `validation_step`, which shows how the network is used."
             )
+        if self.restart_schedule:  # what is resumed brings its own rates only after this
+            self._beginning = Beginning.of(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -289,6 +305,8 @@ class PruningCallback(Callback, ABC):
                     follow()
                 for average in averages:
                     plan.apply_to(average)
+                if self.weights == "random":
+                    draw_anew(pl_module, averages, trainer.optimizers)
                 share(None)  # norms that sync over ranks talk to the others in training mode
                 if trains and (error := training_error(trainer, pl_module, batch)) is not None:
                     _refuse_training(pl_module, analysis, error)
@@ -307,6 +325,8 @@ class PruningCallback(Callback, ABC):
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
         with as_one(), rng.isolated():
             report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
+        if self._beginning is not None:
+            self._beginning.return_to(trainer)
         if plan.keep:
             forget_bests(trainer)
         else:

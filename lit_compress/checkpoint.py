@@ -108,7 +108,7 @@ def load_pruned(
         >>> torch.equal(small(x), again(x))
         True
     """
-    content = _read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    content = read_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
     weights: Mapping[str, Tensor] = content.get("state_dict", content)
     model: Any = _build(model_or_class, content, init) if isinstance(model_or_class, type) else model_or_class
     if recipe is not None and KEY not in content:
@@ -140,7 +140,12 @@ def _cut_to(model: nn.Module, plan: Plan) -> None:
     note_plan(model, plan)
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """What a checkpoint file holds, on the CPU.
+
+    Raises:
+        ValueError: If the file holds more than tensors and builtin types.
+    """
     try:
         content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -24,8 +24,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def train(net: nn.Module, data: MNISTDataModule, epochs: int, seed: int, callbacks: Sequence[pl.Callback] = ()) -> float:
-    """Train with the settings of P3's appendix C.1, scaled to MNIST; returns the test accuracy."""
+def train(
+    net: nn.Module,
+    data: MNISTDataModule,
+    epochs: int,
+    seed: int,
+    callbacks: Sequence[pl.Callback] = (),
+    folder: Path | None = None,
+) -> float:
+    """Train with the settings of P3's appendix C.1, scaled to MNIST; returns the test accuracy. Callbacks write to ``folder``."""
     pl.seed_everything(seed, verbose=False)
     net.train()  # Lightning leaves a network that was tested before in evaluation mode
     module = LitClassifier(
@@ -37,6 +44,7 @@ def train(net: nn.Module, data: MNISTDataModule, epochs: int, seed: int, callbac
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0, callbacks=list(callbacks),
+        default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     return test(net, data)
