@@ -3,7 +3,7 @@
 from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
 from lit_compress.models.simple_cnn import SimpleCNN
-from lit_compress.models.vgg import VGGCIFAR
+from lit_compress.models.vgg import VGGCIFAR, VGGImageNet
 
 __all__ = [
     "MLP",
@@ -13,5 +13,6 @@ __all__ = [
     "ResNetCIFAR",
     "ResidualBlock",
     "SimpleCNN",
+    "VGGImageNet",
     "ZeroPadShortcut",
 ]
