@@ -120,6 +120,7 @@ def _analyze(args: Sequence[str]) -> None:
         loader,
         forward_fn=silent_step,
         max_samples=pruning.max_samples,
+        skips=pruning.skips,
         progress=lambda batches, total: tqdm(batches, total=total, desc="Analysis", leave=False),
     )
     recipe = pruning.choose(analysis)

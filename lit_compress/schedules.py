@@ -3,6 +3,8 @@
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+__all__ = ["WarmupStepLR"]
+
 
 class WarmupStepLR(LambdaLR):
     """The rate rises linearly to the optimizer's own, then falls by a factor every few steps.

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 
+from lit_compress import Recipe
 from lit_compress.cli import main
 from lit_compress.models import VGGCIFAR
 from lit_compress.modules import LitClassifier
@@ -68,10 +69,23 @@ def test_a_config_starts(config, data, tmp_path, monkeypatch):
     fit(config, **data(config), **overrides(config, tmp_path), **{"--trainer.fast_dev_run": "true"})
 
 
+@pytest.mark.parametrize("name", ["resnet56_cifar10", "resnet56_cifar100"])
+def test_the_skips_of_resnet56_keep_their_width(name, data, tmp_path, monkeypatch):
+    """P3, appendix C.2: blocks are cut and padded back, whatever comes in over a skip has all its channels."""
+    monkeypatch.chdir(tmp_path)
+    (config,) = (config for config in CONFIGS if config.stem == name)
+    options = data(config) | overrides(config, tmp_path)
+    main(["analyze", "--config", str(config), "--energy", "0.8", *(word for option in options.items() for word in option)])
+    recipe = Recipe.load(tmp_path / "analysis" / "recipe.json")
+    blocks = [f"net.stage{stage}.0" for stage in (1, 2, 3)]
+    assert recipe.padded == {f"{block}.bn2": width for block, width in zip(blocks, (8, 16, 32), strict=True)}
+    assert recipe.keep.keys() == {f"{block}.conv{place}" for block in blocks for place in (1, 2)}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_a_config_runs_two_epochs_with_the_cut_between(config, data, data_dir, tmp_path, monkeypatch):
-    """On real images where they are to be had, at a quarter of the width; PFA's networks must be smaller afterwards."""
+    """On real images where they are to be had."""
     monkeypatch.chdir(tmp_path)
     options = data(config) | overrides(config, tmp_path)
     if config.stem.endswith("cifar10"):
