@@ -114,7 +114,10 @@ def _analyze(args: Sequence[str]) -> None:
     loader = (data.analysis_dataloader if hasattr(data, "analysis_dataloader") else data.train_dataloader)()
     given = {name: value for name in ("energy", "keep_params", "keep_mult_adds") if (value := getattr(options, name)) is not None}
     configured = [callback for callback in cli.trainer.callbacks if isinstance(callback, PruningCallback)]
-    pruning = PFAPruning(**given) if given or not configured else configured[0]
+    pruning = configured[0] if configured else PFAPruning()
+    if given:  # another target; which layers, and how, is still for the config to say
+        how = ("include", "exclude", "min_width", "round_to", "skips", "max_samples")
+        pruning = PFAPruning(**given, **{name: getattr(pruning, name) for name in how})
     analysis = analyze(
         model,
         loader,
