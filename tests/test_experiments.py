@@ -43,5 +43,5 @@ def test_domain_adaptation_of_p3_runs_on_mnist_and_goes_on_where_it_was_stopped(
 
     out.write_text(json.dumps(runs[:-1]))  # stopped before the last
     shown = run(root, "p3_domains", arguments)
-    assert [line.partition(": 2")[0] for line in shown.splitlines() if line.startswith("seed")] == ["seed 0, S1: PFA fine"]
+    assert [line.rpartition(": ")[0] for line in shown.splitlines() if line.startswith("seed")] == ["seed 0, S1: PFA fine"]
     assert json.loads(out.read_text()) == runs

@@ -92,6 +92,8 @@ def test_a_config_runs_two_epochs_with_the_cut_between(config, data, data_dir, t
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
         options |= {"--data.data_dir": str(data_dir("cifar-10-batches-py")), "--data.train_size": "640"}
+    if config.stem == "resnet56_cifar100":  # on noise, PFA-KL finds nothing to remove from 8 channels
+        options["--trainer.callbacks.init_args.energy"] = "0.9"
     if not config.stem.startswith("domain"):
         options["--trainer.callbacks.init_args.at_epoch"] = "1"
     fit(config, **options, **{"--trainer.max_epochs": "2"})
