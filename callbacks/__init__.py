@@ -5,5 +5,15 @@ from lit_compress.callbacks.crs import CRSWeightDecay
 from lit_compress.callbacks.monitor import CompressionMonitor
 from lit_compress.callbacks.pfa import PFAPruning
 from lit_compress.callbacks.pruning import PruningCallback
+from lit_compress.callbacks.random_recipe import RandomPruning
+from lit_compress.callbacks.start import StartFrom
 
-__all__ = ["ApplyRecipe", "CRSWeightDecay", "CompressionMonitor", "PFAPruning", "PruningCallback"]
+__all__ = [
+    "ApplyRecipe",
+    "CRSWeightDecay",
+    "CompressionMonitor",
+    "PFAPruning",
+    "PruningCallback",
+    "RandomPruning",
+    "StartFrom",
+]

@@ -56,7 +56,11 @@ def all_or_nothing(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer
         for network in networks
         for module in network.modules()
     ]
-    states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
+    states = [
+        (state, dict(state))
+        for optimizer in optimizers
+        for state in (optimizer.state, *optimizer.state.values())  # which entries there are, and what each holds
+    ]
     try:
         yield
     except BaseException:

@@ -61,7 +61,7 @@ class PFAPruning(PruningCallback):
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:
-        share_of_cuts = (len(self.schedule.cuts) + 1) / self.schedule.max_cuts
+        share_of_cuts = self.schedule.progress
         target = {name: value if name == "energy" else value**share_of_cuts for name, value in self.target.items()}
         return analysis.recipe(
             **target,

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze
+from lit_compress.callbacks.anew import draw_anew
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
 from lit_compress.callbacks.fallback import Fallback, Kept
 from lit_compress.callbacks.loaders import analysis_batches
@@ -71,6 +72,8 @@ class PruningCallback(Callback, ABC):
         skips: ``"share"``: layers tied by a skip connection keep the same channels. ``"pad"``: a block with an identity or
             zero-padded skip is cut on its own, and its output scattered back to the width of the skip.
         compensate: Fold what the removed channels give on average into the biases of the layers that read them.
+        weights: ``"kept"``: training goes on with the weights of the channels kept. ``"random"``: the cut decides the
+            architecture alone; all weights are drawn anew, and optimizers forget their state.
         loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
             module or the datamodule if there is one, otherwise the training data.
         max_samples: Use this many samples of it, drawn at random with a fixed seed. None for all.
@@ -105,6 +108,7 @@ class PruningCallback(Callback, ABC):
         round_to: int = 1,
         skips: Literal["share", "pad"] = "share",
         compensate: bool = False,
+        weights: Literal["kept", "random"] = "kept",
         loader: Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None = None,
         max_samples: int | None = None,
         max_drop: float | None = None,
@@ -121,6 +125,12 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException(f"Argument `round_to` must be at least 1 but got {round_to}.")
         if skips not in ("share", "pad"):
             raise MisconfigurationException(f"Argument `skips` must be 'share' or 'pad' but got {skips!r}.")
+        if weights not in ("kept", "random"):
+            raise MisconfigurationException(f"Argument `weights` must be 'kept' or 'random' but got {weights!r}.")
+        if weights == "random" and compensate:
+            raise MisconfigurationException(
+                "With `weights='random'` no bias is kept that `compensate=True` could be folded into."
+            )
         if max_samples is not None and max_samples < 2:
             raise MisconfigurationException(f"Argument `max_samples` must be at least 2 or None but got {max_samples}.")
         if isinstance(loader, str) and loader not in ("train", "val"):
@@ -133,6 +143,7 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException("Arguments `include` and `exclude` are lists of patterns, not one string.")
         self.include, self.exclude, self.min_width = tuple(include), tuple(exclude), min_width
         self.round_to, self.skips, self.compensate = round_to, skips, compensate
+        self.weights = weights
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
         self.restart_schedule, self.reestimate_norms = restart_schedule, reestimate_norms
         self.fallback: Fallback | None = None
@@ -347,6 +358,8 @@ class PruningCallback(Callback, ABC):
                     follow()
                 for average in averages:
                     plan.apply_to(average)
+                if self.weights == "random":
+                    draw_anew(pl_module, averages, trainer.optimizers)
                 share(None)  # norms that sync over ranks talk to the others in training mode
                 if trains and (error := training_error(trainer, pl_module, batch)) is not None:
                     _refuse_training(pl_module, analysis, error)

@@ -110,6 +110,11 @@ class CutSchedule:
         """Cuts still to be made."""
         return self.max_cuts - len(self.cuts)
 
+    @property
+    def progress(self) -> float:
+        """Which part of all cuts is made once the next one is, in (0, 1]."""
+        return (len(self.cuts) + 1) / self.max_cuts
+
     def due(self, epoch: int) -> bool:
         """Whether to cut now, before this epoch."""
         if self.remaining <= 0 or (self.cuts and self.cuts[-1] == epoch):

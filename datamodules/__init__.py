@@ -2,6 +2,7 @@
 
 from lit_compress.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lit_compress.datamodules.digits import DigitsDataModule
+from lit_compress.datamodules.imagenet import ImageNetDataModule
 from lit_compress.datamodules.mnist import MNISTDataModule
 
-__all__ = ["CIFAR10DataModule", "CIFAR100DataModule", "DigitsDataModule", "MNISTDataModule"]
+__all__ = ["CIFAR10DataModule", "CIFAR100DataModule", "DigitsDataModule", "ImageNetDataModule", "MNISTDataModule"]

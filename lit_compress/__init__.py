@@ -12,6 +12,7 @@ if not (_FOLDER / "callbacks" / "__init__.py").exists():
 if TYPE_CHECKING:
     from lit_compress.analysis import Analysis, analyze
     from lit_compress.checkpoint import load_pruned, shrink_checkpoint
+    from lit_compress.initialisation import reinitialize
     from lit_compress.latency import Stopwatch
     from lit_compress.layers.linear_substitution import substitute_linear
     from lit_compress.layers.substitution import Substitution, substitute_blocks, substitutions_of
@@ -36,6 +37,7 @@ _HOMES = {
     "count_parameters": "lit_compress.report",
     "cut": "lit_compress.surgery",
     "load_pruned": "lit_compress.checkpoint",
+    "reinitialize": "lit_compress.initialisation",
     "shrink_checkpoint": "lit_compress.checkpoint",
     "substitute_blocks": "lit_compress.layers.substitution",
     "substitute_linear": "lit_compress.layers.linear_substitution",
@@ -55,6 +57,7 @@ __all__ = [
     "count_parameters",
     "cut",
     "load_pruned",
+    "reinitialize",
     "shrink_checkpoint",
     "substitute_blocks",
     "substitute_linear",

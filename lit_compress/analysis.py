@@ -36,6 +36,15 @@ class _Limits(NamedTuple):
     min_width: int
     round_to: int
 
+    @classmethod
+    def checked(cls, min_width: int, round_to: int) -> _Limits:
+        """Refuses what is below 1."""
+        if min_width < 1:
+            raise ValueError(f"Argument `min_width` must be at least 1 but got {min_width}.")
+        if round_to < 1:
+            raise ValueError(f"Argument `round_to` must be at least 1 but got {round_to}.")
+        return cls(min_width, round_to)
+
 
 class Analysis:
     """The statistics of one pass over the data: every recipe that they give can be asked for without another pass.
@@ -109,11 +118,7 @@ class Analysis:
         targets = {name: value for name, value in given.items() if value is not None}
         if len(targets) > 1:
             raise ValueError(f"Give at most one of {', '.join(f'`{name}`' for name in given)} but got {sorted(targets)}.")
-        if min_width < 1:
-            raise ValueError(f"Argument `min_width` must be at least 1 but got {min_width}.")
-        if round_to < 1:
-            raise ValueError(f"Argument `round_to` must be at least 1 but got {round_to}.")
-        limits = _Limits(min_width, round_to)
+        limits = _Limits.checked(min_width, round_to)
         chosen = self._chosen(include, exclude)
         if not targets:
             widths = {name: pfa.kl_width(found.spectrum) for name, found in chosen.items()}
@@ -123,7 +128,16 @@ class Analysis:
             return self._recipe(self._removed(chosen, _energy_widths(chosen, value), limits), f"pfa(energy={value:g})")
         return self._search(chosen, name, value, limits)
 
-    def random_recipe(self, *, keep_params: float, seed: int) -> Recipe:
+    def random_recipe(
+        self,
+        *,
+        keep_params: float,
+        seed: int,
+        min_width: int = 1,
+        round_to: int = 1,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> Recipe:
         """Random widths and random channels at a size, to compare a method with chance.
 
         Each group of channels keeps a share drawn uniformly and raised to one common power, the smallest that meets the size.
@@ -131,28 +145,37 @@ class Analysis:
         Args:
             keep_params: Share of the original network's trainable parameters to keep, in (0, 1); the result is at or below.
             seed: Of the draw.
+            min_width: As for :meth:`recipe`.
+            round_to: As for :meth:`recipe`.
+            include: As for :meth:`recipe`.
+            exclude: As for :meth:`recipe`.
 
         Raises:
-            ValueError: If ``keep_params`` is out of range, or below what one channel in each layer leaves.
+            ValueError: If a value is out of range, a pattern matches no layer, or ``keep_params`` is below what the fewest
+                channels in each layer leave.
 
         Source: the random recipes of PFA, section 4.1.
         """
         if not 0 < keep_params < 1:
             raise ValueError(f"Argument `keep_params` must lie in (0, 1) but got {keep_params}.")
+        limits, chosen = _Limits.checked(min_width, round_to), self._chosen(include, exclude)
         generator = torch.Generator().manual_seed(seed)
-        drawn = {name: float(torch.rand((), generator=generator)) for name in self.spectra}
+        drawn = {name: float(torch.rand((), generator=generator)) for name in chosen}
         shuffled = {
             name: replace(found, order=torch.randperm(len(found.order), generator=generator), inactive=0)
-            for name, found in self.spectra.items()
+            for name, found in chosen.items()
         }
 
         def at(power: float) -> Marks:
             widths = {name: max(ceil(len(found.order) * drawn[name] ** power), 1) for name, found in shuffled.items()}
-            return self._removed(shuffled, widths, _Limits(1, 1))
+            return self._removed(shuffled, widths, limits)
 
         target, low, high = keep_params * self.original("parameters"), 0.0, 1e3
         if self._parameters_without(at(high)) > target:
-            raise ValueError(f"`keep_params={keep_params:g}` cannot be reached: one channel in each layer is more.")
+            raise ValueError(
+                f"`keep_params={keep_params:g}` cannot be reached: with `min_width={min_width}` and `round_to={round_to}` the "
+                "smallest network is larger."
+            )
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (low, middle) if self._parameters_without(at(middle)) <= target else (middle, high)

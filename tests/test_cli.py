@@ -13,7 +13,7 @@ import yaml
 from lit_compress import Recipe
 from lit_compress.cli import main
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
 DIGITS = next(path for path in CONFIGS if path.stem == "pfa_digits")
 SMALL = [
     "--trainer.max_epochs", "2", "--data.train_size", "256", "--trainer.enable_progress_bar", "false",

@@ -1,22 +1,22 @@
 """Data modules: embedded digits fully, a fake CIFAR-100 in the original layout, real sets where they are to be had."""
 
-import hashlib
-import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from lit_compress.datamodules import CIFAR10DataModule, CIFAR100DataModule, DigitsDataModule, MNISTDataModule
+from lit_compress.datamodules import CIFAR10DataModule, CIFAR100DataModule, DigitsDataModule, ImageNetDataModule, MNISTDataModule
 from lit_compress.datamodules.images_in_memory import ImagesInMemory, pad_crop_flip
 from lit_compress.models import LeNet300100
 from lit_compress.modules import LitClassifier
+from tests.images import write_cifar, write_folders
 
 
 def gathered(loader):
@@ -258,35 +258,14 @@ PAPER = {
     "S3": "bee, raccoon",
     "S4": "train, tulip",
 }
-PER_CLASS = {"train": 6, "test": 2}
 
 
 @pytest.fixture
 def fake_cifar100(tmp_path, monkeypatch):
-    """The folder above a CIFAR-100 of random pixels, six training and two test images a class, and its raw content.
-
-    The layout is the original one, pickles of `data` (N, 3072) and `fine_labels`. torchvision compares MD5 sums with those of the
-    real files, so it is told the sums of these.
-    """
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    raw, sums = {}, {}
-    for part, count in PER_CLASS.items():
-        labels = generator.permutation(np.repeat(np.arange(100), count)).tolist()
-        pixels = generator.integers(0, 256, (100 * count, 3 * 32 * 32), dtype=np.uint8)
-        raw[part] = {"data": pixels, "fine_labels": labels}
-        sums[part] = write(part, raw[part])
-    names = list(CIFAR100DataModule.all_classes)
-    meta = write("meta", {"fine_label_names": names})
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "train_list", [["train", sums["train"]]])
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "test_list", [["test", sums["test"]]])
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": meta})
+    """The folder above a CIFAR-100 of six training and two test images a class, and its raw content."""
+    raw = write_cifar(tmp_path, torchvision.datasets.CIFAR100, train=6, test=2)
+    for name, value in raw["files"].items():
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, name, value)
     return tmp_path, raw
 
 
@@ -433,3 +412,109 @@ def test_a_trainer_asks_for_every_loader_itself(val_fraction, expected):
     trainer.fit(classifier, datamodule=DigitsDataModule(val_fraction=val_fraction))
     trainer.test(classifier, datamodule=DigitsDataModule(val_fraction=val_fraction), verbose=False)
     assert count.seen == expected
+
+
+# --- photographs in folders
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of JPEG files in ImageNet's layout: three classes of 4, 3 and 5 images."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    write_folders(folder, {"n01": 4, "n02": 3, "n03": 5})
+    return folder
+
+
+def test_photographs_are_scaled_cut_from_the_centre_and_standardised(photographs):
+    data = ImageNetDataModule(photographs, batch_size=5, image_size=32)
+    images, labels = gathered(data.val_dataloader())
+    assert images.shape == (12, 3, 32, 32)
+    assert labels.tolist() == [0] * 4 + [1] * 3 + [2] * 5
+    assert (data.num_classes, data.class_names) == (3, ("n01", "n02", "n03"))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for index, name in enumerate(f"{name}/{number}" for name, count in (("n01", 4), ("n02", 3)) for number in range(count)):
+        with Image.open(photographs / "val" / f"{name}.JPEG") as photograph:
+            shorter = min(photograph.size)
+            # 32 / 0.875 = 36.6
+            scaled = photograph.resize([round(side * 37 / shorter) for side in photograph.size], Image.Resampling.BILINEAR)
+        left, top = (round((side - 32) / 2) for side in scaled.size)
+        pixels = np.asarray(scaled.crop((left, top, left + 32, top + 32)))
+        # One grey level is 1 / 255 / 0.225 = 0.017.
+        np.testing.assert_allclose(images[index].permute(1, 2, 0).numpy(), (pixels / 255 - mean) / std, atol=0.02)
+
+
+def test_augmentation_crops_mirrors_and_touches_training_alone(photographs):
+    data = ImageNetDataModule(photographs, batch_size=12, image_size=32)
+    plain = ImageNetDataModule(photographs, batch_size=12, image_size=32, augment=False)
+    analysed, labels = gathered(data.analysis_dataloader())
+    assert torch.equal(analysed, gathered(data.analysis_dataloader())[0])
+    assert labels.tolist() == sorted(labels.tolist())
+    assert Counter(fingerprints(gathered(plain.train_dataloader())[0])) == Counter(fingerprints(analysed))
+    torch.manual_seed(1)
+    first, shuffled = gathered(data.train_dataloader())
+    assert sorted(shuffled.tolist()) == labels.tolist() != shuffled.tolist()
+    assert not set(fingerprints(first)) & set(fingerprints(analysed))
+    torch.manual_seed(1)
+    assert torch.equal(gathered(data.train_dataloader())[0], first)
+    for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+        assert torch.equal(gathered(getattr(data, loader)())[0], gathered(plain.val_dataloader())[0])
+
+
+def test_chosen_folders_are_numbered_in_the_order_given(photographs):
+    data = ImageNetDataModule(photographs, batch_size=4, classes=["n03", "n01"], drop_last=True)
+    data.setup("fit")
+    assert (data.num_classes, data.class_names) == (2, ("n03", "n01"))
+    assert gathered(data.val_dataloader())[1].tolist() == [1] * 4 + [0] * 5  # files in alphabetical order
+    assert len(gathered(data.analysis_dataloader())[1]) == 9
+    assert len(gathered(data.train_dataloader())[1]) == 8
+
+
+def test_workers_read_the_photographs_that_the_main_process_reads(photographs):
+    alone = gathered(ImageNetDataModule(photographs, image_size=32).analysis_dataloader())
+    helped = gathered(ImageNetDataModule(photographs, image_size=32, num_workers=1).analysis_dataloader())
+    assert all(map(torch.equal, alone, helped))
+
+
+def test_photographs_lie_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_COMPRESS_DATA", str(tmp_path))
+    assert ImageNetDataModule().data_dir == tmp_path / "imagenet"
+    monkeypatch.delenv("LIT_COMPRESS_DATA")
+    assert str(ImageNetDataModule().data_dir) == "data/imagenet"
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "said"),
+    [
+        ([("train", "n01")], {}, FileNotFoundError, r"no folder .*val\. Photographs are read from `train/<class>/`"),
+        ([("val", "n01")], {}, FileNotFoundError, r"no folder .*train\..*`data_dir`.*LIT_COMPRESS_DATA.*not downloaded"),
+        ([("train", "n01"), ("train", "n02"), ("val", "n01")], {}, ValueError, r"only one of them has n02.*by `classes`"),
+        (
+            [("train", "n01"), ("val", "n01")],
+            {"classes": ["n07"]},
+            FileNotFoundError,
+            r"val has no folder for n07, which `classes`",
+        ),
+    ],
+    ids=["no val", "no train", "other classes", "unknown class"],
+)
+def test_folders_say_what_is_wrong(make, arguments, error, said, tmp_path):
+    for part, name in make:
+        write_folders(tmp_path, {name: 1}, parts=(part,))
+    with pytest.raises(error, match=f"(?s){said}"):
+        ImageNetDataModule(tmp_path, **arguments).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1 but got 0"),
+        ({"num_workers": -1}, "`num_workers` must be at least 0 but got -1"),
+        ({"image_size": 0}, "`image_size` must be at least 1 but got 0"),
+        ({"classes": []}, r"`classes` must list at least one folder and none twice but got \[\]"),
+        ({"classes": ["n01", "n01"]}, "none twice"),
+        ({"classes": "n01"}, "must list at least one folder and none twice but got 'n01'"),
+    ],
+)
+def test_photographs_are_not_asked_for_in_vain(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        ImageNetDataModule(**arguments)

@@ -630,6 +630,22 @@ def test_all_ranks_hold_what_all_have_seen(processes, by_rank):
     assert all("gave no batch" in text for text in processes(2)(_all_have_nothing))
 
 
+def cut_to_random_weights(folder):
+    """Weights right after the cut, and after training, of a run whose ranks hold other random numbers."""
+    torch.manual_seed(ranks.rank())
+    model, seen = Theirs(), Seen(0)
+    trainer = ddp_trainer(folder, PFAPruning(at_epoch=0, energy=0.9, weights="random", evaluate=False), seen, max_epochs=2)
+    trainer.fit(model, DataLoader(digits(0, 128), 16), val_loader())
+    return seen.start[0], weights(model)
+
+
+def test_all_ranks_begin_at_the_same_random_weights(processes, tmp_path):
+    (first, first_after), (second, second_after) = processes(2)(cut_to_random_weights, tmp_path)
+    assert same(first, second)
+    assert same(only_weights_that_ranks_share(first_after), only_weights_that_ranks_share(second_after))
+    assert not torch.equal(first["head.weight"], first_after["head.weight"])
+
+
 def cut_from_a_stream(folder):
     callback = PFAPruning(at_epoch=0, energy=0.9, evaluate=False, loader=DataLoader(Stream(), 8))
     model = Plain()

@@ -7,14 +7,17 @@ import sys
 import pytest
 
 
+def run(root, experiment, arguments):
+    """What an experiment prints."""
+    command = [sys.executable, "-m", f"benchmarks.experiments.{experiment}", *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.long
 def test_figure_1_of_p3_runs_on_mnist(data_dir, root, tmp_path):
     arguments = ["--networks", "lenet5", "--seeds", "0", "--epochs", "1", "--train_size", "512", "--randoms", "1"]
     arguments += ["--data", str(data_dir("MNIST")), "--out", str(tmp_path / "f")]
-    shown = subprocess.run(
-        [sys.executable, "-m", "benchmarks.experiments.p3_figure1", *arguments],
-        cwd=root, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    shown = run(root, "p3_figure1", arguments)
     runs = json.loads((tmp_path / "f.json").read_text())
     assert {run["arm"] for run in runs} == {
         "full", "right after the cut", "right after the cut, compensated", "filter selection", "random weights", "random recipe",
@@ -23,3 +26,22 @@ def test_figure_1_of_p3_runs_on_mnist(data_dir, root, tmp_path):
     assert all(run["size"] <= 1 for run in runs)
     assert "| lenet5 | PFA-KL | filter selection |" in shown
     assert (tmp_path / "f.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_domain_adaptation_of_p3_runs_on_mnist_and_goes_on_where_it_was_stopped(data_dir, root, tmp_path):
+    out = tmp_path / "d.json"
+    arguments = ["--subsets", "R1", "S1", "--seeds", "0", "--epochs", "1", "--train_size", "600"]
+    arguments += ["--data", str(data_dir("MNIST")), "--work", str(tmp_path / "work"), "--out", str(out.with_suffix(""))]
+    shown = run(root, "p3_domains", arguments)
+    runs = json.loads(out.read_text())
+    arms = ["full scratch", "full fine", "PFA scratch", "PFA fine"]
+    assert [(run["subset"], run["arm"]) for run in runs] == [(subset, arm) for subset in ("R1", "S1") for arm in arms]
+    assert [run["size"] < 1 for run in runs] == [False, False, True, True] * 2
+    assert "| S1 | 0 1 |" in shown
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+    out.write_text(json.dumps(runs[:-1]))  # stopped before the last
+    shown = run(root, "p3_domains", arguments)
+    assert [line.rpartition(": ")[0] for line in shown.splitlines() if line.startswith("seed")] == ["seed 0, S1: PFA fine"]
+    assert json.loads(out.read_text()) == runs

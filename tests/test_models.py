@@ -6,9 +6,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from lit_compress.models import MLP, VGGCIFAR, LeNet5, LeNet300100, ResidualBlock, ResNetCIFAR, SimpleCNN, ZeroPadShortcut
+from lit_compress.models import (
+    MLP,
+    VGGCIFAR,
+    LeNet5,
+    LeNet300100,
+    ResidualBlock,
+    ResNetCIFAR,
+    SimpleCNN,
+    VGGImageNet,
+    ZeroPadShortcut,
+)
 
 # Small enough for a test, one of each.
 NETWORKS = {
@@ -16,6 +27,7 @@ NETWORKS = {
     "LeNet5": (lambda: LeNet5(in_channels=3, num_classes=5, image_size=20), (3, 20, 20)),
     "SimpleCNN": (lambda: SimpleCNN(num_classes=5, width=6), (3, 8, 8)),
     "VGGCIFAR": (lambda: VGGCIFAR(depth=11, num_classes=5, width=0.125), (3, 32, 32)),
+    "VGGImageNet": (lambda: VGGImageNet(depth=11, num_classes=5, width=0.0625, image_size=32), (3, 40, 33)),
     "ResNetCIFAR": (lambda: ResNetCIFAR(depth=14, num_classes=5, width=4), (3, 9, 9)),
 }
 
@@ -224,6 +236,8 @@ CUTS = [
     ("VGGCIFAR", "features.conv3_1", "features.bn3_1", "features.conv3_2"),
     ("VGGCIFAR", "features.conv5_2", "features.bn5_2", "classifier.fc1"),
     ("VGGCIFAR", "classifier.fc1", "classifier.bn", "classifier.fc2"),
+    ("VGGImageNet", "features.conv5_2", "features.bn5_2", "classifier.conv6"),
+    ("VGGImageNet", "classifier.conv7", "classifier.bn7", "classifier.conv8"),
     ("ResNetCIFAR", "stage1.0.conv1", "stage1.0.bn1", "stage1.0.conv2"),
     ("ResNetCIFAR", "stage3.1.conv1", "stage3.1.bn1", "stage3.1.conv2"),
 ]
@@ -251,6 +265,23 @@ def test_channels_can_be_cut_out_by_hand(name, layer, norm, reader):
     assert parameters(cut) < parameters(silenced)
 
 
+def test_vgg_for_imagenet_has_the_parameters_of_the_original_and_its_batch_norms():
+    with torch.device("meta"):
+        network, original = VGGImageNet(), torchvision.models.vgg16()
+    filters = 64 * 2 + 128 * 2 + 256 * 3 + 512 * 6 + 4096 * 2
+    # One bias a filter less, scale and shift of a batch norm more.
+    assert parameters(network) == parameters(original) + filters == 138_369_960
+
+
+def test_vgg_for_imagenet_averages_what_it_says_of_every_place():
+    network = with_lively_batch_norms(VGGImageNet(depth=11, num_classes=5, width=0.0625, image_size=32)).eval()
+    maps = []
+    network.classifier.conv8.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    logits = network(images((3, 64, 96), count=2))
+    assert maps[0].shape == (2, 5, 2, 3)
+    torch.testing.assert_close(logits, maps[0].mean((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [
@@ -262,6 +293,8 @@ def test_channels_can_be_cut_out_by_hand(name, layer, norm, reader):
         (lambda: VGGCIFAR(depth=17), r"`depth` must be one of \[11, 13, 16, 19\] but got 17"),
         (lambda: VGGCIFAR(width=0.001), r"`width` must leave the first convolution a filter of its 64 but got 0.001"),
         (lambda: VGGCIFAR(image_size=0), r"`image_size` must be at least 1 pixel but got 0"),
+        (lambda: VGGImageNet(depth=12), r"`depth` must be one of \[11, 13, 16, 19\] but got 12"),
+        (lambda: VGGImageNet(image_size=31), r"`image_size` must be at least 32 pixels but got 31"),
         (lambda: ResNetCIFAR(depth=18), r"`depth` must be 6n \+ 2 \(8, 14, .*\) but got 18"),
         (lambda: ResNetCIFAR(depth=2), r"`depth` must be 6n \+ 2 .* but got 2"),
         (lambda: ResNetCIFAR(width=0), r"`width` must be at least 1 but got 0"),

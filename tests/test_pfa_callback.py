@@ -390,6 +390,14 @@ class FailsOnceCut(Small):
             raise ArithmeticError("on purpose")
 
 
+class HoldsParameter(Small):
+    """Does not say how its parameter begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
 class Factored(torch.optim.SGD):
     """Keeps a row sum for each matrix, as memory-saving optimizers do."""
 
@@ -419,6 +427,12 @@ FAILURES = {
     "no data": (Small, {"loader": DataLoader(TensorDataset(torch.zeros(0, 6)))}, "needs data, but its loader gave no batch"),
     "pattern": (Small, {"exclude": ["net.1"]}, r"Pattern 'net\.1' matches no layer; the layers are net\.0, net\.2, net\.4"),
     "after the cut": (FailsOnceCut, {"energy": 0.8}, "on purpose"),
+    "after weights were drawn": (FailsOnceCut, {"energy": 0.8, "weights": "random"}, "on purpose"),
+    "drawing weights": (
+        HoldsParameter,
+        {"energy": 0.8, "weights": "random"},
+        r"'at the top' \(HoldsParameter\) holds",
+    ),
 }
 
 
@@ -466,6 +480,8 @@ def test_a_failed_cut_ends_the_fit_with_its_error(tmp_path):
         ({"include": "net.*"}, "`include` and `exclude` are lists of patterns"),
         ({"exclude": "net.*"}, "`include` and `exclude` are lists of patterns"),
         ({"min_width": 0}, "`min_width` must be at least 1 but got 0"),
+        ({"weights": "new"}, "`weights` must be 'kept' or 'random' but got 'new'"),
+        ({"weights": "random", "compensate": True}, "no bias is kept that `compensate=True` could be folded into"),
         ({"max_samples": 1}, "`max_samples` must be at least 2 or None but got 1"),
         ({"loader": "test"}, "`loader` must be 'train', 'val' or a DataLoader but got 'test'"),
         ({"loader": iter([1])}, "`loader` is an iterator, which runs dry"),

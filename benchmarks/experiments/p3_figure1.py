@@ -8,10 +8,7 @@ OUT.png, and a table on the standard output.
 
 import argparse
 import copy
-import json
-import logging
 import statistics
-import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -19,10 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from lit_compress import Recipe, analyze, count_parameters, cut
+from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, test, train
+from lit_compress import Recipe, analyze, count_parameters, cut, reinitialize
 from lit_compress.datamodules import MNISTDataModule
 from lit_compress.models import LeNet5, SimpleCNN
-from lit_compress.modules import LitClassifier
 
 TARGETS = {"PFA-KL": None, "PFA-En .99": 0.99, "PFA-En .95": 0.95, "PFA-En .90": 0.9}
 
@@ -41,49 +38,17 @@ def _narrowed(net: nn.Module, widths: dict[str, int]) -> nn.Module:
     layers = [name for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][:-1]
     keep = {name: tuple(range(size)) for name, size in zip(layers, widths.values(), strict=True)}
     cut(net, Recipe(keep=keep), torch.rand(1, 1, 28, 28), verify=False)
-    return renewed(net)
-
-
-def renewed(net: nn.Module) -> nn.Module:
-    """The same architecture with new random weights."""
-    for module in net.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    reinitialize(net)
     return net
 
 
-def train(net: nn.Module, data: MNISTDataModule, epochs: int, seed: int) -> float:
-    """Train with the settings of the paper's appendix C.1, scaled to MNIST; returns the test accuracy."""
-    pl.seed_everything(seed, verbose=False)
-    module = LitClassifier(
-        net,
-        num_classes=10,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.6 * epochs)], gamma=0.1),
-    )
-    trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    return test(net, data)
-
-
-@torch.no_grad()
-def test(net: nn.Module, data: MNISTDataModule) -> float:
-    """Accuracy on MNIST's 10000 test images."""
-    data.setup("test")
-    net.eval()
-    right = [(net(images).argmax(1) == labels).float().sum() for images, labels in data.test_dataloader()]
-    return float(sum(right)) / 10_000
-
-
-def run_seed(network: str, data: MNISTDataModule, seed: int, epochs: int, randoms: int) -> list[dict]:
+def run_seed(network: str, data: MNISTDataModule, seed: int, epochs: int, randoms: int) -> list[Run]:
     """All arms for one seed."""
-    done: list[dict] = []
+    done: list[Run] = []
 
     def record(arm: str, recipe: str, size: float, accuracy: float) -> None:
         done.append({"network": network, "seed": seed, "arm": arm, "recipe": recipe, "size": size, "accuracy": accuracy})
+        print(f"{network}, seed {seed}: {arm}, {recipe}: {size:.1%} of the parameters, {accuracy:.2%} right", flush=True)
 
     pl.seed_everything(seed, verbose=False)
     full = build(network)
@@ -106,7 +71,9 @@ def run_seed(network: str, data: MNISTDataModule, seed: int, epochs: int, random
         record("right after the cut, compensated", name, size, test(small(recipe, compensate=True), data))
         record("filter selection", name, size, train(small(recipe), data, epochs, seed))
         pl.seed_everything(seed, verbose=False)
-        record("random weights", name, size, train(renewed(small(recipe)), data, epochs, seed))
+        anew = small(recipe)
+        reinitialize(anew)
+        record("random weights", name, size, train(anew, data, epochs, seed))
         for number in range(randoms):
             chance = analysis.random_recipe(keep_params=size, seed=100 * seed + number)
             record("random recipe", name, analysis.parameters(chance) / original, train(small(chance), data, epochs, seed))
@@ -120,21 +87,16 @@ def run_seed(network: str, data: MNISTDataModule, seed: int, epochs: int, random
     return done
 
 
-def table(done: list[dict]) -> str:
+def table(done: list[Run]) -> str:
     """Mean and standard deviation over seeds, as markdown."""
     lines = ["| network | recipe | arm | parameters | accuracy, mean (sd) | runs |", "|---|---|---|---|---|---|"]
-    groups: dict[tuple[str, str, str], list[dict]] = {}
-    for run in done:
-        groups.setdefault((run["network"], run["recipe"], run["arm"]), []).append(run)
-    for (network, recipe, arm), runs in groups.items():
-        accuracies = [100 * run["accuracy"] for run in runs]
-        spread = f" ({statistics.stdev(accuracies):.2f})" if len(runs) > 1 else ""
-        size, mean = statistics.mean(100 * run["size"] for run in runs), statistics.mean(accuracies)
-        lines.append(f"| {network} | {recipe} | {arm} | {size:.1f} % | {mean:.2f}{spread} % | {len(runs)} |")
+    for (network, recipe, arm), runs in grouped(done, lambda run: (run["network"], run["recipe"], run["arm"])).items():
+        size = statistics.mean(100 * run["size"] for run in runs)
+        lines.append(f"| {network} | {recipe} | {arm} | {size:.1f} % | {mean_and_spread(runs)} | {len(runs)} |")
     return "\n".join(lines)
 
 
-def picture(done: list[dict]) -> Figure:
+def picture(done: list[Run]) -> Figure:
     """Accuracy against share of parameters, one mark a run."""
     networks = sorted({run["network"] for run in done})
     figure = Figure(figsize=(6 * len(networks), 4.5), layout="constrained")
@@ -168,23 +130,17 @@ def main() -> None:
     parser.add_argument("--randoms", type=int, default=2, help="random recipes for each size and seed")
     parser.add_argument("--out", type=Path, default=Path("p3_figure1"))
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    stored = options.out.with_suffix(".json")
-    done: list[dict] = json.loads(stored.read_text()) if stored.exists() else []
+    quiet()
+    finished = Finished(options.out.with_suffix(".json"))
     data = MNISTDataModule(data_dir=options.data, batch_size=64, train_size=options.train_size)
     data.prepare_data()
     data.setup("fit")
     for network in options.networks:
         for seed in options.seeds:
-            if any(run["network"] == network and run["seed"] == seed for run in done):
-                continue
-            done += run_seed(network, data, seed, options.epochs, options.randoms)
-            stored.write_text(json.dumps(done, indent=1) + "\n")
-            print(f"{network}, seed {seed}: done", flush=True)
-    picture(done).savefig(options.out.with_suffix(".png"), dpi=110)
-    print(table(done))
+            if not finished.holds(network=network, seed=seed):
+                finished.add(run_seed(network, data, seed, options.epochs, options.randoms))
+    picture(finished.runs).savefig(options.out.with_suffix(".png"), dpi=110)
+    print(table(finished.runs))
 
 
 if __name__ == "__main__":

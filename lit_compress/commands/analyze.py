@@ -38,7 +38,10 @@ def main(args: Sequence[str]) -> None:
     targets = ("energy", "keep_params", "keep_mult_adds", "keep_latency")
     given = {name: value for name in targets if (value := getattr(options, name)) is not None}
     callbacks = [callback for callback in cli.trainer.callbacks if isinstance(callback, PruningCallback)]
-    pruning = PFAPruning(**given) if given or not callbacks else callbacks[0]
+    pruning = callbacks[0] if callbacks else PFAPruning()
+    if given:  # another target; which layers, and how, is still for the config to say
+        how = ("include", "exclude", "min_width", "round_to", "skips", "max_samples")
+        pruning = PFAPruning(**given, **{name: getattr(pruning, name) for name in how})
     loader = analysis_loader(cli.datamodule)
     analysis = analyze(
         model,

@@ -5,7 +5,7 @@ from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
 from lit_compress.models.resnet_imagenet import ResNet18Half, resnet34
 from lit_compress.models.simple_cnn import SimpleCNN
-from lit_compress.models.vgg import VGGCIFAR
+from lit_compress.models.vgg import VGGCIFAR, VGGImageNet
 from lit_compress.models.wide_resnet import PreActBlock, WideResNet, wide_resnet50_2
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ResNetCIFAR",
     "ResidualBlock",
     "SimpleCNN",
+    "VGGImageNet",
     "WideResNet",
     "ZeroPadShortcut",
     "resnet34",

@@ -1,10 +1,24 @@
-"""What the convolutional networks here have in common: conv, batch norm, ReLU, under names that can be read and matched."""
+"""What the convolutional networks here have in common: conv, batch norm, ReLU under readable names, and how they begin."""
 
 from torch import nn
 
+from lit_compress.initialisation import reinitialize
 
-def conv_bn_relu(name: str, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> dict[str, nn.Module]:
-    """A convolution that keeps the size of the map at stride 1, its batch norm and its ReLU, as named layers.
+
+class ConvolutionalNetwork(nn.Module):
+    """A network whose convolutions begin as :func:`init_convolutions` has it, and all else as torch does."""
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, in place, as the constructor does, at the widths that the layers have now."""
+        for child in self.children():
+            reinitialize(child)
+        init_convolutions(self)
+
+
+def conv_bn_relu(
+    name: str, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padded: bool = True
+) -> dict[str, nn.Module]:
+    """A convolution, its batch norm and its ReLU, as named layers.
 
     The convolution has no bias: the batch norm that follows subtracts any.
 
@@ -14,6 +28,7 @@ def conv_bn_relu(name: str, in_channels: int, out_channels: int, kernel_size: in
         out_channels: Filters.
         kernel_size: Side of the filters in pixels, odd.
         stride: Step in pixels.
+        padded: Whether the map keeps its size at stride 1; otherwise it loses ``kernel_size - 1`` pixels.
 
     Returns:
         The three layers in order, called ``conv<name>``, ``bn<name>`` and ``relu<name>``.
@@ -22,8 +37,9 @@ def conv_bn_relu(name: str, in_channels: int, out_channels: int, kernel_size: in
         >>> list(conv_bn_relu("1_2", 3, 8))
         ['conv1_2', 'bn1_2', 'relu1_2']
     """
+    padding = kernel_size // 2 if padded else 0
     return {
-        f"conv{name}": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        f"conv{name}": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=padding, bias=False),
         f"bn{name}": nn.BatchNorm2d(out_channels),
         f"relu{name}": nn.ReLU(),
     }

@@ -54,7 +54,12 @@ class MLP(nn.Module):
             self.layers.add_module(f"fc{number}", nn.Linear(inputs, outputs))
             if number <= len(hidden):
                 self.layers.add_module(f"activation{number}", unit())
-        _init_xavier(self, activation, output=self.layers[-1])
+        self.activation: Activation = activation
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, in place, at the widths that the layers have now."""
+        _init_xavier(self, self.activation, output=self.layers[-1])
 
     def forward(self, samples: Tensor) -> Tensor:
         """Logits of a batch."""
@@ -140,7 +145,12 @@ class LeNet5(nn.Module):
         self.fc1 = nn.Linear(50 * side * side, 500)
         self.activation3 = unit()
         self.fc2 = nn.Linear(500, num_classes)
-        _init_xavier(self, activation, output=self.fc2)
+        self.activation: Activation = activation
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, in place, at the widths that the layers have now."""
+        _init_xavier(self, self.activation, output=self.fc2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch."""

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_compress.models.convolution import init_convolutions
+from lit_compress.models.convolution import ConvolutionalNetwork, init_convolutions
 
 
 class ZeroPadShortcut(nn.Module):
@@ -89,7 +89,7 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class ResNetCIFAR(nn.Module):
+class ResNetCIFAR(ConvolutionalNetwork):
     """ResNet for CIFAR with option A shortcuts: ResNet-56 has 853,018 parameters for 10 classes.
 
     A 3×3 convolution, three stages of ``(depth - 2) / 6`` blocks with ``width``, ``2 · width`` and ``4 · width`` channels, the

@@ -4,10 +4,10 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from lit_compress.models.convolution import conv_bn_relu, init_convolutions
+from lit_compress.models.convolution import ConvolutionalNetwork, conv_bn_relu, init_convolutions
 
 
-class SimpleCNN(nn.Module):
+class SimpleCNN(ConvolutionalNetwork):
     """Nine convolutions and an average pool: 1,370,996 parameters for 10 classes of colour images.
 
     3 × conv 96 of 3×3, dropout, 3 × conv 192 of 3×3, dropout, conv 192 of 3×3, conv 192 of 1×1, conv ``num_classes`` of 1×1,
