@@ -96,7 +96,9 @@ def target(wheel, tmp_path_factory):
 
 def test_package_list_equals_the_folders():
     """setuptools installs only what is listed; a forgotten folder would be missing from the wheel, and only there."""
-    folders = {installed(file).parent for file in shipped_files() if file.suffix == ".py"} | {Path("lit_compress/configs")}  # data
+    folders = {installed(file).parent for file in shipped_files() if file.suffix == ".py"} | {
+        Path("lit_compress/configs")
+    }  # data
     assert sorted(SETTINGS["tool"]["setuptools"]["packages"]) == sorted(".".join(folder.parts) for folder in folders)
 
 
@@ -128,10 +130,13 @@ def test_wheel_imports_from_anywhere(target, tmp_path):
 
 
 def test_wheel_offers_its_configs(target, tmp_path):
-    code = "from importlib.resources import files; root = files('lit_compress.configs'); "
-    code += "print(*sorted(str(f.relative_to(root)) for f in root.rglob('*.yaml')))"
+    code = "from importlib.resources import files\n"
+    code += "def walk(folder, above=''):\n"
+    code += "    for one in folder.iterdir():\n"
+    code += "        walk(one, above + one.name + '/') if one.is_dir() else print(above + one.name)\n"
+    code += "walk(files('lit_compress.configs'))"
     names = run(sys.executable, "-c", code, cwd=tmp_path, path=[target]).split()
-    assert names == sorted(str(file.relative_to(ROOT / "configs")) for file in (ROOT / "configs").rglob("*.yaml"))
+    assert sorted(names) == sorted(file.relative_to(ROOT / "configs").as_posix() for file in (ROOT / "configs").rglob("*.yaml"))
 
 
 def test_installed_command_answers_from_anywhere(target, tmp_path):
