@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -11,6 +11,21 @@ from typing import Any
 from torch import Tensor, nn
 
 OUTPUT = ""  # of the network itself, which `named_modules()` lists under this name
+
+
+def pairs_of(taps: Mapping[str, str] | Sequence[str], argument: str) -> dict[str, str]:
+    """The student's layers to the teacher's, from a mapping, or from a list of names that both have.
+
+    Raises:
+        ValueError: If it is one name alone.
+
+    Example:
+        >>> pairs_of(["layer1", "layer2"], "taps")
+        {'layer1': 'layer1', 'layer2': 'layer2'}
+    """
+    if isinstance(taps, str):
+        raise ValueError(f"Argument `{argument}` must list layers, or map the student's to the teacher's, but got {taps!r}.")
+    return dict(taps) if isinstance(taps, Mapping) else {name: name for name in taps}
 
 
 class Taps:

@@ -150,6 +150,26 @@ class Teacher:
         return self
 
 
+def copy_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str]) -> None:
+    """Let layers of the student begin with the teacher's weights, in place.
+
+    Args:
+        student: Network that is changed.
+        teacher: Network that gives.
+        layers: Names of the student's layers to those of the teacher's.
+
+    Raises:
+        ValueError: If there is no such layer, or it is of another shape.
+    """
+    for ours, theirs in layers.items():
+        for network, name in ((student, ours), (teacher, theirs)):
+            Taps(network, [name])  # refuses an unknown name
+        try:
+            student.get_submodule(ours).load_state_dict(teacher.get_submodule(theirs).state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"The teacher's layer {theirs!r} does not fit the student's {ours!r}: {error}") from error
+
+
 def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance over the first dimension, for each input.
 

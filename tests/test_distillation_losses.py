@@ -287,7 +287,7 @@ def test_attention_is_weighed_by_the_number_of_its_taps(count, weight):
     [
         (lambda: CrossEntropy(weight=-1), "`weight` must be 0 or more but got -1"),
         (lambda: CrossEntropy(label_smoothing=2), r"\[0, 1\] but got 2"),
-        (lambda: AttentionTransfer([]), r"must list layers"),
+        (lambda: AttentionTransfer([]), "must name at least one layer"),
         (lambda: AttentionTransfer("layer1"), r"must list layers, .* but got 'layer1'"),
         (lambda: TeacherConfidence("hint", passes=0), "`passes` must be positive but got 0"),
         (

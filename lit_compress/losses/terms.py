@@ -14,7 +14,7 @@ from typing_extensions import override
 from lit_compress.losses.attention import attention_transfer
 from lit_compress.losses.confidence import hint, mahalanobis
 from lit_compress.losses.knowledge import Form, knowledge_distillation
-from lit_compress.taps import OUTPUT
+from lit_compress.taps import OUTPUT, pairs_of
 from lit_compress.teacher import Teacher, covariance_of, mean_of
 
 Readings: TypeAlias = Mapping[str, Tensor]
@@ -159,9 +159,9 @@ class AttentionTransfer(Term):
     """
 
     def __init__(self, taps: Mapping[str, str] | Sequence[str], beta: float = 1000.0, name: str | None = None) -> None:
-        pairs = dict(taps) if isinstance(taps, Mapping) else {tap: tap for tap in taps}
-        if not pairs or isinstance(taps, str):
-            raise ValueError(f"Argument `taps` must list layers, or map the student's to the teacher's, but got {taps!r}.")
+        pairs = pairs_of(taps, "taps")
+        if not pairs:
+            raise ValueError("Argument `taps` must name at least one layer.")
         super().__init__(tuple(pairs), tuple(pairs.values()), weight=beta * 3 / len(pairs), name=name)
         self.taps = pairs
 

@@ -1,5 +1,6 @@
 """The documents' networks. A forward holds no channel count, so that channels can be cut out of any of them."""
 
+from lit_compress.models.hint import with_hint
 from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
 from lit_compress.models.simple_cnn import SimpleCNN
@@ -14,4 +15,5 @@ __all__ = [
     "ResidualBlock",
     "SimpleCNN",
     "ZeroPadShortcut",
+    "with_hint",
 ]
