@@ -1,5 +1,6 @@
 """The documents' networks. A forward holds no channel count, so that channels can be cut out of any of them."""
 
+from lit_compress.models.erfnet import ERFNet
 from lit_compress.models.hint import with_hint
 from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
@@ -9,6 +10,7 @@ from lit_compress.models.vgg import VGGCIFAR
 __all__ = [
     "MLP",
     "VGGCIFAR",
+    "ERFNet",
     "LeNet5",
     "LeNet300100",
     "ResNetCIFAR",

@@ -3,5 +3,6 @@
 from lit_compress.modules.classifier import LitClassifier
 from lit_compress.modules.distiller import LitDistiller
 from lit_compress.modules.prunable import PrunableMixin
+from lit_compress.modules.segmenter import LitSegmenter
 
-__all__ = ["LitClassifier", "LitDistiller", "PrunableMixin"]
+__all__ = ["LitClassifier", "LitDistiller", "LitSegmenter", "PrunableMixin"]
