@@ -4,5 +4,15 @@ from lit_compress.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lit_compress.datamodules.digits import DigitsDataModule
 from lit_compress.datamodules.imagenet import ImageNetDataModule
 from lit_compress.datamodules.mnist import MNISTDataModule
+from lit_compress.datamodules.segmentation import SegmentationDataModule
+from lit_compress.datamodules.teacher_cache import TeacherCacheDataModule
 
-__all__ = ["CIFAR10DataModule", "CIFAR100DataModule", "DigitsDataModule", "ImageNetDataModule", "MNISTDataModule"]
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "ImageNetDataModule",
+    "MNISTDataModule",
+    "SegmentationDataModule",
+    "TeacherCacheDataModule",
+]

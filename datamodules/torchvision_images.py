@@ -11,6 +11,11 @@ from typing_extensions import override
 from lit_compress.datamodules.image_classification import ImageClassificationDataModule, Samples
 
 
+def data_folder(data_dir: str | Path | None) -> Path:
+    """The folder of all data sets: the one given, else ``$LIT_COMPRESS_DATA``, else ``./data``."""
+    return Path(data_dir or os.environ.get("LIT_COMPRESS_DATA", "data"))
+
+
 class TorchvisionDataModule(ImageClassificationDataModule):
     """An image classification set whose files lie in a folder, in the layout of torchvision.
 
@@ -56,7 +61,7 @@ class TorchvisionDataModule(ImageClassificationDataModule):
             seed=seed,
             drop_last=drop_last,
         )
-        self.data_dir = Path(data_dir or os.environ.get("LIT_COMPRESS_DATA", "data"))
+        self.data_dir = data_folder(data_dir)
         self.download = download
 
     @override

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_compress.migration import migrated
-from lit_compress.naming import relocation
+from lit_compress.naming import Relocation, relocation
 from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
@@ -34,7 +34,24 @@ def write_plan(model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     """Put into a checkpoint what it takes to build the network again; nothing if nothing was cut."""
     plan = plan_of(model)
     if plan is not None:
-        checkpoint[KEY] = {"format": FORMAT, "plan": plan.to_dict()}
+        note(checkpoint, plan=plan.to_dict())
+
+
+def note(checkpoint: MutableMapping[str, Any], **entries: Any) -> None:
+    """Put entries of builtin types under this package's key, beside those that are there."""
+    checkpoint[KEY] = {**checkpoint.get(KEY, {}), "format": FORMAT, **entries}
+
+
+def noted(checkpoint: Mapping[str, Any], entry: str) -> Any:
+    """An entry that :func:`note` has put there, or None.
+
+    Raises:
+        ValueError: If a later version of this package wrote it.
+    """
+    entries = checkpoint.get(KEY)
+    if entries is None:
+        return None
+    return migrated(entries, FORMAT, {}, "checkpoint").get(entry)
 
 
 def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
@@ -43,10 +60,8 @@ def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
     Raises:
         ValueError: If a later version of this package wrote it.
     """
-    entry = checkpoint.get(KEY)
-    if entry is None:
-        return None
-    return Plan.from_dict(migrated(entry, FORMAT, {}, "checkpoint")["plan"])
+    plan = noted(checkpoint, "plan")
+    return None if plan is None else Plan.from_dict(plan)
 
 
 def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -86,6 +101,8 @@ def load_pruned(
 ) -> Network:
     """Build a pruned network again and load its weights, also for classes that know nothing of this package.
 
+    A network that was trained as a part of a module loads from that module's checkpoint, as a student from its distiller's.
+
     Args:
         model_or_class: The uncut network, as its constructor builds it, or its class.
         checkpoint: File or content of a Lightning checkpoint, or of a plain state dict together with ``recipe``.
@@ -114,7 +131,7 @@ def load_pruned(
     content = read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
     weights: Mapping[str, Tensor] = content.get("state_dict", content)
     model: Any = _build(model_or_class, content, init) if isinstance(model_or_class, type) else model_or_class
-    if recipe is not None and KEY not in content:
+    if recipe is not None and read_plan(content) is None:
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         if plan_of(model) is None:
             _cut_to(model, _plan_from_shapes(model, weights, under_names_of(model, recipe)))
@@ -124,10 +141,15 @@ def load_pruned(
         rebuild(model, content)
     if hasattr(model, "on_load_checkpoint") and "state_dict" in content:
         model.on_load_checkpoint(content)
+    weights = _under_own_names(model, weights)
     try:
         model.load_state_dict(weights, strict=getattr(model, "strict_loading", True))
     except RuntimeError as error:
-        hint = "" if recipe is not None or KEY in content else " A plain state dict of a cut network needs `recipe=`."
+        hint = (
+            ""
+            if recipe is not None or read_plan(content) is not None
+            else " A plain state dict of a cut network needs `recipe=`."
+        )
         raise ValueError(f"The weights do not fit {type(model).__name__}: {error}.{hint}") from error
     loaded: Network = model
     return loaded
@@ -217,6 +239,14 @@ def _rest(plan: Plan, done: Plan) -> Plan | None:
                 keep.setdefault(name, {})[dim] = tuple(place[index] for index in indices)
     shapes = {name: done.shape_after(name, plan.shapes[name]) for name in keep}
     return Plan(recipe=plan.recipe, keep=keep, shapes=shapes, pads=plan.pads)
+
+
+def _under_own_names(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights of a module that holds the network, or that it holds, under the network's own names; else as they are."""
+    change = relocation(model.state_dict(), weights) if weights else None
+    if change is None or change == Relocation("", ""):
+        return weights
+    return {change.drop + name.removeprefix(change.add): value for name, value in weights.items() if name.startswith(change.add)}
 
 
 def _cut_to(model: nn.Module, plan: Plan) -> None:

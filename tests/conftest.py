@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import pools, processes  # noqa: F401  # fixtures
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # pytest-xdist starts a worker a core; more threads than cores make the small tensors of tests slower, not faster.

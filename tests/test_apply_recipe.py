@@ -15,7 +15,6 @@ from lit_compress import Recipe, cut
 from lit_compress.callbacks import ApplyRecipe, PFAPruning
 from lit_compress.plan import plan_of
 from tests.modules import Small, every_epoch, new_trainer, same, small_loaders, vectors
-from tests.test_ddp import pools, processes  # noqa: F401  # fixtures
 
 RECIPE = Recipe(keep={"net.0": (1, 2, 5, 9), "net.2": (0, 3, 4, 7, 8, 15)})
 WIDTHS = [(4, 6), (6, 4), (3, 6)]
@@ -165,7 +164,7 @@ def under(strategy, folder):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_the_cut_network_as_one_does(strategy, processes, tmp_path):  # noqa: F811
+def test_two_processes_train_the_cut_network_as_one_does(strategy, processes, tmp_path):
     (first, shards), (second, _) = processes(2)(under, strategy, tmp_path)
     assert same(first, second)
     assert [tuple(first[f"net.{layer}.weight"].shape) for layer in (0, 2, 4)] == WIDTHS

@@ -9,7 +9,6 @@ from torch import nn
 from lit_compress import ranks
 from lit_compress.norms import reestimate_norms
 from tests.modules import rng_states, same
-from tests.test_ddp import pools, processes  # noqa: F401  # fixtures
 
 
 def network():
@@ -57,7 +56,7 @@ def share_of(rank_batches):
     return dict(net.state_dict())
 
 
-def test_two_processes_average_what_they_saw(processes):  # noqa: F811
+def test_two_processes_average_what_they_saw(processes):
     parts = [list(IMAGES[:40].split(20)), [IMAGES[40:]]]
     alone = network()
     reestimate_norms(alone, IMAGES.split(20), alone)

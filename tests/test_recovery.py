@@ -25,7 +25,7 @@ from lit_compress.models import LeNet5, SimpleCNN
 from lit_compress.modules import LitClassifier
 from lit_compress.plan import plan_of
 from tests.modules import At, digits, every_epoch, new_trainer, same
-from tests.test_ddp import ddp_trainer, pools, processes  # noqa: F401  # fixtures
+from tests.test_ddp import ddp_trainer
 
 # ---------------------------------------------------------------- the search
 
@@ -204,7 +204,7 @@ def searched(folder):
     return dict(module.state_dict()), [report.recipe.to_dict() for report in callback.reports], accuracy(module)
 
 
-def test_two_processes_search_together(processes, tmp_path):  # noqa: F811
+def test_two_processes_search_together(processes, tmp_path):
     (one, recipes, _), (other, their_recipes, _) = processes(2)(searched, tmp_path)
     assert recipes == their_recipes
     names = [name for name in one if "running" not in name and "tracked" not in name]

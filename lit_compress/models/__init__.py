@@ -1,6 +1,8 @@
 """The documents' networks. A forward holds no channel count, so that channels can be cut out of any of them."""
 
 from lit_compress.models.darts import DARTS, DARTSOutput, DropPath
+from lit_compress.models.erfnet import ERFNet
+from lit_compress.models.hint import with_hint
 from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
 from lit_compress.models.resnet_imagenet import ResNet18Half, resnet34
@@ -14,6 +16,7 @@ __all__ = [
     "VGGCIFAR",
     "DARTSOutput",
     "DropPath",
+    "ERFNet",
     "LeNet5",
     "LeNet300100",
     "PreActBlock",
@@ -26,4 +29,5 @@ __all__ = [
     "ZeroPadShortcut",
     "resnet34",
     "wide_resnet50_2",
+    "with_hint",
 ]

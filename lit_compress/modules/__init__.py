@@ -1,6 +1,8 @@
 """LightningModules, and what makes a user's own load pruned checkpoints."""
 
 from lit_compress.modules.classifier import LitClassifier
+from lit_compress.modules.distiller import LitDistiller
 from lit_compress.modules.prunable import PrunableMixin
+from lit_compress.modules.segmenter import LitSegmenter
 
-__all__ = ["LitClassifier", "PrunableMixin"]
+__all__ = ["LitClassifier", "LitDistiller", "LitSegmenter", "PrunableMixin"]

@@ -1,7 +1,5 @@
 """The LightningModule that trains a network to classify."""
 
-from typing import Any, Literal
-
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
@@ -11,6 +9,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from lit_compress.modules.optimization import Interval, check_interval, optimization
 from lit_compress.modules.prunable import PrunableMixin
 
 Batch = tuple[Tensor, Tensor]
@@ -56,15 +55,14 @@ class LitClassifier(PrunableMixin, LightningModule):
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
-        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        scheduler_interval: Interval = "epoch",
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"Argument `num_classes` must be at least 2 but got {num_classes}.")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"Argument `label_smoothing` must lie in [0, 1] but got {label_smoothing}.")
-        if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"Argument `scheduler_interval` must be 'epoch' or 'step' but got {scheduler_interval!r}.")
+        check_interval(scheduler_interval)
         self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
         self.net = net
         self.num_classes = num_classes
@@ -101,16 +99,7 @@ class LitClassifier(PrunableMixin, LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.parameters())
-        if self.scheduler is None:
-            return optimizer
-        scheduler = self.scheduler(optimizer)
-        schedule: Any = {
-            "scheduler": scheduler,
-            "interval": self.scheduler_interval,
-            "monitor": getattr(scheduler, "monitor", "val/loss"),  # read by ReduceLROnPlateau alone
-        }
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return optimization(self.parameters(), self.optimizer, self.scheduler, self.scheduler_interval)
 
     def _step(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0) -> Tensor:
         samples, labels = batch

@@ -72,7 +72,7 @@ class StreamingCovariance(Metric):
         if channels < 1:
             raise ValueError(f"Argument `channels` must be at least 1 but got {channels}.")
         self.channels = channels
-        device = _with_float64(torch.get_default_device())
+        device = with_float64(torch.get_default_device())
         # No reduction: a sync stacks the ranks' states, and `compute` merges the stack.
         self.add_state("count", torch.zeros((), dtype=torch.float64, device=device), dist_reduce_fx=None)
         self.add_state("mean", torch.zeros(channels, dtype=torch.float64, device=device), dist_reduce_fx=None)
@@ -164,7 +164,7 @@ class StreamingCovariance(Metric):
         # what was computed from them.
         self._computed = self._forward_cache = None
         super()._apply(fn, exclude_state=tuple(self._defaults))
-        device = _with_float64(self.device)
+        device = with_float64(self.device)
         for name in self._defaults:  # a reset puts the defaults where the states are
             setattr(self, name, getattr(self, name).to(device))
         return self
@@ -210,6 +210,6 @@ def spatial_max(responses: Tensor) -> Tensor:
     return responses.amax(tuple(range(2, responses.ndim)))
 
 
-def _with_float64(device: torch.device) -> torch.device:
+def with_float64(device: torch.device) -> torch.device:
     """The device, or the CPU where the device has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
