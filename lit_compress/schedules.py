@@ -25,11 +25,13 @@ class WarmupStepLR(LambdaLR):
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.6)
         >>> schedule = WarmupStepLR(optimizer, warmup=2, start=0.5, step_size=1, gamma=0.5)
+        >>> rates = []
         >>> for epoch in range(5):
-        ...     print(f"{optimizer.param_groups[0]['lr']:.1f}", end=" ")
+        ...     rates += schedule.get_last_lr()
         ...     optimizer.step()
         ...     schedule.step()
-        0.8 1.2 1.6 0.8 0.4
+        >>> [round(rate, 1) for rate in rates]
+        [0.8, 1.2, 1.6, 0.8, 0.4]
     """
 
     def __init__(self, optimizer: Optimizer, warmup: int, start: float, step_size: int, gamma: float) -> None:

@@ -128,10 +128,16 @@ def test_wheel_imports_from_anywhere(target, tmp_path):
 
 
 def test_wheel_offers_its_configs(target, tmp_path):
-    code = "from importlib.resources import files; root = files('lit_compress.configs'); "
-    code += "print(*sorted(str(f.relative_to(root)) for f in root.rglob('*.yaml')))"
+    code = (
+        "from importlib.resources import files\n"
+        "def names(folder, before=''):\n"
+        "    for found in folder.iterdir():\n"
+        "        yield from [before + found.name] if found.is_file() else names(found, f'{before}{found.name}/')\n"
+        "print(*sorted(names(files('lit_compress.configs'))))"
+    )
+    configs = ROOT / "configs"
     names = run(sys.executable, "-c", code, cwd=tmp_path, path=[target]).split()
-    assert names == sorted(str(file.relative_to(ROOT / "configs")) for file in (ROOT / "configs").rglob("*.yaml"))
+    assert names == sorted(file.relative_to(configs).as_posix() for file in configs.rglob("*.yaml"))
 
 
 def test_installed_command_answers_from_anywhere(target, tmp_path):
