@@ -375,7 +375,7 @@ def test_torchvision_pairs_distil_by_names_in_yaml(pair, tmp_path, monkeypatch):
         ({"copy_from_teacher": "fc"}, r"`copy_from_teacher` must list layers"),
         ({"scheduler_interval": "batch"}, "must be 'epoch' or 'step' but got 'batch'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_says_what_is_wrong(arguments, text):
     with pytest.raises(ValueError, match=text):

@@ -130,13 +130,16 @@ def test_wheel_imports_from_anywhere(target, tmp_path):
 
 
 def test_wheel_offers_its_configs(target, tmp_path):
-    code = "from importlib.resources import files\n"
-    code += "def walk(folder, above=''):\n"
-    code += "    for one in folder.iterdir():\n"
-    code += "        walk(one, above + one.name + '/') if one.is_dir() else print(above + one.name)\n"
-    code += "walk(files('lit_compress.configs'))"
+    code = (
+        "from importlib.resources import files\n"
+        "def names(folder, before=''):\n"
+        "    for found in folder.iterdir():\n"
+        "        yield from [before + found.name] if found.is_file() else names(found, f'{before}{found.name}/')\n"
+        "print(*sorted(names(files('lit_compress.configs'))))"
+    )
+    configs = ROOT / "configs"
     names = run(sys.executable, "-c", code, cwd=tmp_path, path=[target]).split()
-    assert sorted(names) == sorted(file.relative_to(ROOT / "configs").as_posix() for file in (ROOT / "configs").rglob("*.yaml"))
+    assert names == sorted(file.relative_to(configs).as_posix() for file in configs.rglob("*.yaml"))
 
 
 def test_installed_command_answers_from_anywhere(target, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import nn
 
 from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, test, train
@@ -97,7 +98,7 @@ def table(done: list[Run]) -> str:
 
 
 def picture(done: list[Run]) -> Figure:
-    """Accuracy against share of parameters, one mark a run."""
+    """Error against share of parameters, one mark a run; better is higher, as in the paper."""
     networks = sorted({run["network"] for run in done})
     figure = Figure(figsize=(6 * len(networks), 4.5), layout="constrained")
     marks = {
@@ -111,9 +112,14 @@ def picture(done: list[Run]) -> Figure:
         axes = figure.add_subplot(1, len(networks), index + 1)
         for arm, (colour, mark) in marks.items():
             runs = [run for run in done if run["network"] == network and run["arm"] == arm]
-            sizes, accuracies = [100 * run["size"] for run in runs], [100 * run["accuracy"] for run in runs]
-            axes.plot(sizes, accuracies, mark, color=colour, label=arm, alpha=0.7)
-        axes.set(xlabel="% of parameters", ylabel="test accuracy, %", title=network, xscale="log")
+            sizes, errors = [100 * run["size"] for run in runs], [100 * (1 - run["accuracy"]) for run in runs]
+            axes.plot(sizes, errors, mark, color=colour, label=arm, alpha=0.7)
+        axes.set(xlabel="% of parameters", ylabel="test error, %", title=network, xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        axes.invert_yaxis()
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
