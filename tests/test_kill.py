@@ -123,6 +123,6 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(tries, tmp_path):
             assert all(file["state_dict"] for file in files)
             assert in_child(fit, folder) == 0
             assert (folder / "digest").read_text() == expected, (number, phase)
-        assert deaths >= 0.9 * tries  # the last calls may be over before the kill comes
+        assert deaths >= 0.5 * tries  # a run may be over before its kill comes
     finally:
         torch.set_num_threads(threads)

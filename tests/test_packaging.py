@@ -96,9 +96,7 @@ def target(wheel, tmp_path_factory):
 
 def test_package_list_equals_the_folders():
     """setuptools installs only what is listed; a forgotten folder would be missing from the wheel, and only there."""
-    folders = {installed(file).parent for file in shipped_files() if file.suffix == ".py"} | {
-        Path("lit_compress/configs")
-    }  # data
+    folders = {installed(file).parent for file in shipped_files() if file.suffix in (".py", ".yaml")}
     assert sorted(SETTINGS["tool"]["setuptools"]["packages"]) == sorted(".".join(folder.parts) for folder in folders)
 
 
