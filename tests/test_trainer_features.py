@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lit_compress import count_parameters
 from lit_compress.callbacks import PFAPruning
-from tests.modules import Small, new_trainer, same, small_loaders, vectors
+from tests.modules import Small, every_epoch, new_trainer, same, small_loaders, vectors
 
 
 def fit(folder, module, *callbacks, **options):
@@ -173,3 +173,41 @@ def test_a_gradient_scaler_goes_on_through_two_cuts(tmp_path):
         runs.append(module)
     assert runs[0].net[0].out_features < 40
     assert same(dict(runs[0].state_dict()), dict(runs[1].state_dict()))
+
+
+# ---------------------------------------------------------------- what plain Lightning does not resume exactly
+
+
+class Rates(Small):
+    """A rate that falls when the loss stops falling."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net, self.rates = Small(width=8).net, []
+
+    def on_train_epoch_end(self):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.3)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=1)  # a loss only falls
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+
+
+@pytest.mark.parametrize("module", [plain, Rates], ids=["shuffled data", "ReduceLROnPlateau"])
+def test_an_uncut_run_without_our_callbacks_is_not_resumed_exactly(module, tmp_path):
+    """If this fails, Lightning has got better: take the entry out of docs/checkpoints.md."""
+
+    def run(folder, ckpt_path=None):
+        seed_everything(0, verbose=False)
+        model = module()
+        train, val = small_loaders()
+        train = train if module is plain else DataLoader(vectors(), 32)
+        trainer = new_trainer(folder, every_epoch(folder), max_epochs=6, enable_checkpointing=True)
+        trainer.fit(model, train, val, ckpt_path=ckpt_path)
+        return dict(model.state_dict())
+
+    whole = run(tmp_path)
+    assert same(run(tmp_path / "same"), whole)
+    assert not same(run(tmp_path / "again", tmp_path / "epoch=2.ckpt"), whole)
