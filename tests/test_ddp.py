@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 
 from lit_compress import ranks
 from lit_compress.callbacks import PFAPruning, pruning
-from lit_compress.statistics import StreamingMean, gather_covariances
+from lit_compress.selection import pib
+from lit_compress.statistics import StreamingEntropies, StreamingMean, gather_covariances
 from lit_compress.statistics.gather import in_order
 from tests.modules import (
     At,
@@ -586,3 +587,17 @@ def test_refuses_processes_that_hand_their_weights_back(start):
 def test_refuses_a_communication_hook_that_keeps_a_state():
     with pytest.raises(MisconfigurationException, match="keeps a state, dict, of the gradients' sizes"):
         PFAPruning().setup(_trainer_of(DDPStrategy(ddp_comm_state={})), Small(), "fit")
+
+
+def _entropies_of_a_share():
+    q = torch.rand(20, 3, 2, generator=torch.Generator().manual_seed(0))
+    metric = StreamingEntropies(shape=(3, 2))
+    metric.update(q[:13] if ranks.rank() else q[13:])
+    return metric.compute()
+
+
+def test_entropies_of_two_ranks_are_those_of_one(processes):
+    q = torch.rand(20, 3, 2, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([pib.entropies(q).noise, pib.entropies(q).marginal, pib.entropies(q, "exact").marginal])
+    for found in processes(2)(_entropies_of_a_share):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
