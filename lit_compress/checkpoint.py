@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lit_compress.gates import make_room, sites_to_dicts
 from lit_compress.naming import relocation
 from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
@@ -28,10 +29,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def write_plan(model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
-    """Put into a checkpoint what it takes to build the network again; nothing if nothing was cut."""
-    plan = plan_of(model)
-    if plan is not None:
-        checkpoint[KEY] = {"format": FORMAT, "plan": plan.to_dict()}
+    """Put into a checkpoint what it takes to build the network again; nothing if nothing was cut or put in."""
+    plan, gates = plan_of(model), sites_to_dicts(model)
+    if plan is not None or gates:
+        checkpoint[KEY] = {"format": FORMAT, "plan": None if plan is None else plan.to_dict(), "gates": gates}
 
 
 def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
@@ -40,19 +41,22 @@ def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
     Raises:
         ValueError: If a later version of this package wrote it.
     """
-    entry = checkpoint.get(KEY)
-    if entry is None:
-        return None
-    if entry.get("format") != FORMAT:
+    entry = _entry(checkpoint)
+    return None if entry is None or entry["plan"] is None else Plan.from_dict(entry["plan"])
+
+
+def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    entry: Mapping[str, Any] | None = checkpoint.get(KEY)
+    if entry is not None and entry.get("format") != FORMAT:
         raise ValueError(
             f"The checkpoint was written in format {entry.get('format')} but this version of lit-compress reads format {FORMAT}; "
             "upgrade lit-compress."
         )
-    return Plan.from_dict(entry["plan"])
+    return entry
 
 
 def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Cut a network, in place, to the sizes of a checkpoint, before the weights are loaded.
+    """Cut a network, in place, to the sizes of a checkpoint, and give it its gates, before the weights are loaded.
 
     Args:
         model: The network as its constructor builds it; nothing happens if it was cut to the same plan already.
@@ -61,8 +65,9 @@ def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the network was cut in another way, or is not the one that the checkpoint was made from.
     """
-    plan, present = read_plan(checkpoint), plan_of(model)
+    entry, plan, present = _entry(checkpoint), read_plan(checkpoint), plan_of(model)
     if present == plan:
+        make_room(model, [] if entry is None else entry.get("gates", []))
         return
     if present is not None:
         held = "an uncut network" if plan is None else f"one cut by {plan.recipe.method}"
@@ -70,7 +75,8 @@ def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network anew "
             "and load into that."
         )
-    if plan is not None:
+    if plan is not None and entry is not None:
+        make_room(model, entry.get("gates", []))
         _cut_to(model, plan)
 
 

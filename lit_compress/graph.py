@@ -142,6 +142,13 @@ class ChannelGraph:
         found += [classes for pad in self.pads for classes in (pad.sources, pad.slots)]
         return max((int(classes.max(initial=FIXED)) for classes in found), default=FIXED) + 1
 
+    def read_classes(self) -> set[int]:
+        """Classes of channels that enter a weight. What no weight reads leaves the network, though the trace saw no output."""
+        read: set[int] = {source for pad in self.pads for source in pad.sources.tolist()}
+        for use in self.uses:
+            read.update(self.tensors.get(use.weight, {}).get(use.in_dim, np.zeros(0)).tolist())
+        return read
+
     def activation_of(self, group: ChannelGroup) -> ActivationPoint | None:
         """The first activation function that a group's channels go through, if the group is one layer's alone and all of it."""
         if len(group.members) > 1:

@@ -64,7 +64,7 @@ def group_spectra(
     """
     spectra: dict[str, GroupSpectrum] = {}
     whole = {name: why for name in graph.layers if (why := graph.why_whole(name))}
-    read = _read_classes(graph)
+    read = graph.read_classes()
     for group in graph.groups():
         seen = observed(graph, group)
         why = _unfit(seen, covariances) if read.intersection(group.classes.tolist()) else "no layer reads its channels"
@@ -102,14 +102,6 @@ def observed(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:
     position = {channel_class: index for index, channel_class in enumerate(group.classes.tolist())}
     channels = np.array([position.get(channel_class, FIXED) for channel_class in point.channels.tolist()], dtype=np.int64)
     return ChannelGroup(group.classes, {sum_name(point.tap): channels})  # type: ignore[arg-type]  # sums without a tap are left out
-
-
-def _read_classes(graph: ChannelGraph) -> set[int]:
-    """Classes of channels that enter a weight. What no weight reads leaves the network, though the trace saw no output."""
-    read: set[int] = {source for pad in graph.pads for source in pad.sources.tolist()}
-    for use in graph.uses:
-        read.update(graph.tensors.get(use.weight, {}).get(use.in_dim, np.zeros(0)).tolist())
-    return read
 
 
 def pooled_covariance(group: ChannelGroup, covariances: Mapping[str, Tensor]) -> Tensor | None:
