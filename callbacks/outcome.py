@@ -17,9 +17,7 @@ from rich.table import Table
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.steps import is_dev_run
-from lit_compress.graph import ChannelGroup
-from lit_compress.labels import FIXED
-from lit_compress.pictures import plot_spectra, plot_widths
+from lit_compress.pictures import plot_widths
 from lit_compress.recipe import Recipe
 from lit_compress.report import Latency
 
@@ -63,8 +61,9 @@ class CutReport:
         """Log the cut with every logger of the Trainer, and write recipe, table and pictures to disk.
 
         Logged: ``compress/parameters``, ``compress/mult_adds`` (one sample), ``compress/latency_ms``, ``compress/width/<layer>``
-        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``; as pictures ``compress/spectra``
-        and ``compress/widths`` where the logger takes them.
+        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``, and the
+        method's own figures; as pictures ``compress/widths`` and the method's own (``compress/spectra`` of PFA) where the logger
+        takes them.
 
         Args:
             trainer: The running Trainer.
@@ -87,11 +86,8 @@ class CutReport:
         values |= {f"compress/width/{name}": width for name, width in widths.items()}
         values |= {f"compress/before_cut/{name}": value for name, value in self.before.metrics.items()}
         values |= {f"compress/after_cut/{name}": value for name, value in self.after.metrics.items()}
-        kept = {name: _kept(found.group, recipe) for name, found in analysis.spectra.items()}
-        figures = {
-            "spectra": plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, kept),
-            "widths": plot_widths(before, recipe.widths),
-        }
+        values |= {f"compress/{name}": value for name, value in analysis.method.values(analysis.rankings).items()}
+        figures = {**analysis.figures(recipe), "widths": plot_widths(before, recipe.widths)}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
             for name, figure in figures.items():
@@ -148,13 +144,6 @@ class CutReport:
             name: Measurement(**{**data[name], "latency": Latency(**data[name]["latency"])}) for name in ("before", "after")
         }
         return cls(epoch=data["epoch"], batch_size=data["batch_size"], recipe=Recipe.from_dict(data["recipe"]), **moments)
-
-
-def _kept(group: ChannelGroup, recipe: Recipe) -> int:
-    """Channels of a group that a recipe keeps."""
-    position = group.members[group.name]
-    stays = list(recipe.keep.get(group.name, range(len(position))))
-    return int((position[stays] != FIXED).sum())
 
 
 def output_folder(trainer: Trainer) -> Path:

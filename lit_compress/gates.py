@@ -151,7 +151,7 @@ def put_gates(model: nn.Module, sites: Iterable[Site]) -> Gates:
         sites: Where they go.
 
     Raises:
-        ValueError: If the network has gates already, lacks a module, or is a ``Sequential``, which would run its child as a layer.
+        ValueError: If the network has gates already, lacks a module, or is a ``Sequential``, which would run them as a layer.
     """
     if isinstance(model, nn.Sequential):
         raise ValueError("A Sequential runs all its children, also the one that holds its gates: give a module that holds it.")

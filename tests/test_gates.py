@@ -175,7 +175,7 @@ def test_a_fold_that_is_not_exact_is_refused_and_changes_nothing():
     nn.init.normal_(gates_of(network)["net/0"].mu)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(
-        ValueError, match="The gates of 'net.0' cannot be folded into the weights that read them: the output differs"
+        ValueError, match=r"The gates of 'net.0' cannot be folded into the weights that read them: the output differs"
     ):
         fold_gates(network, trace(network, lambda: network(inputs)), inputs, call)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
