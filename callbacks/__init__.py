@@ -2,5 +2,6 @@
 
 from lit_compress.callbacks.pfa import PFAPruning
 from lit_compress.callbacks.pruning import PruningCallback
+from lit_compress.callbacks.scores import MagnitudePruning, SlimmingPruning
 
-__all__ = ["PFAPruning", "PruningCallback"]
+__all__ = ["MagnitudePruning", "PFAPruning", "PruningCallback", "SlimmingPruning"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.pruning import PruningCallback
+from lit_compress.callbacks.targets import for_this_cut, one_target
+from lit_compress.rankings import Method
 from lit_compress.recipe import Recipe
+from lit_compress.spectra import PFA
 
 
 class PFAPruning(PruningCallback):
@@ -45,21 +47,16 @@ class PFAPruning(PruningCallback):
     ) -> None:
         super().__init__(**kwargs)
         given = {"energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
-        self.target = {name: value for name, value in given.items() if value is not None}
-        if len(self.target) > 1:
-            raise MisconfigurationException(f"Give at most one of {sorted(given)} but got {sorted(self.target)}.")
-        if energy is not None and not 0 < energy <= 1:
-            raise MisconfigurationException(f"Argument `energy` must lie in (0, 1] but got {energy}.")
-        for name, value in self.target.items():
-            if name != "energy" and not 0 < value < 1:
-                raise MisconfigurationException(f"Argument `{name}` must lie in (0, 1) but got {value}.")
+        self.target = one_target("energy", given, needed=False)
+
+    @property
+    @override
+    def method(self) -> Method:
+        return PFA()
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:
-        target = dict(self.target)
-        for name in ("keep_params", "keep_mult_adds"):
-            if name in target:
-                target[name] **= (len(self.schedule.cuts) + 1) / self.schedule.max_cuts
+        target = for_this_cut(self.target, self.schedule, own="energy")
         return analysis.recipe(
             energy=target.get("energy"),
             keep_params=target.get("keep_params"),

@@ -27,6 +27,7 @@ from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, 
 from lit_compress.checkpoint import write_plan
 from lit_compress.graph import evaluating
 from lit_compress.plan import Plan, plan_of
+from lit_compress.rankings import Method
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
 from lit_compress.report import count_parameters, measure_latency
@@ -133,9 +134,14 @@ class PruningCallback(Callback, ABC):
         self._failed = False
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
 
+    @property
+    @abstractmethod
+    def method(self) -> Method:
+        """What the analysis looks at."""
+
     @abstractmethod
     def choose(self, analysis: Analysis) -> Recipe:
-        """The channels to keep, from what the analysis found; the one decision that is a method's own.
+        """The channels to keep, from what the analysis found; with :attr:`method`, all that is a method's own.
 
         Raises:
             ValueError: If the method's target cannot be reached.
@@ -265,6 +271,7 @@ class PruningCallback(Callback, ABC):
                 analysis = analyze(
                     pl_module,
                     loader,
+                    method=self.method,
                     example_inputs=example,
                     forward_fn=silent_step,
                     max_samples=self.max_samples,
