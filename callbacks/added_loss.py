@@ -29,16 +29,25 @@ def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss) -> None:
     Raises:
         MisconfigurationException: If the module optimizes manually: its step calls ``backward`` itself.
     """
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} optimizes manually: it calls `manual_backward` itself, so that `train/{name}` cannot be "
-            "added to its loss. Use automatic optimization."
-        )
+    refuse_manual(pl_module, name)
     step = vars(pl_module).get("training_step")
     if not isinstance(step, _Step):
         step = _Step(pl_module, step)
         vars(pl_module)["training_step"] = step  # on the instance, in front of the class's own
     step.losses[name] = loss
+
+
+def refuse_manual(pl_module: LightningModule, name: str) -> None:
+    """Refuse a module that no loss can be added to.
+
+    Raises:
+        MisconfigurationException: If the module optimizes manually.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes manually: it calls `manual_backward` itself, so that `train/{name}` cannot be "
+            "added to its loss. Use automatic optimization."
+        )
 
 
 def remove_loss(pl_module: LightningModule, name: str) -> None:

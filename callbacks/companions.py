@@ -22,6 +22,12 @@ def averages_of(trainer: Trainer) -> list[nn.Module]:
     return [average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None]
 
 
+def optimizers_of(trainer: Trainer) -> list[Optimizer]:
+    """The module's optimizers, and those that callbacks have of their own."""
+    own = [vars(callback).get("own_optimizer") for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [*trainer.optimizers, *(optimizer for optimizer in own if optimizer is not None)]
+
+
 def forget_bests(trainer: Trainer) -> None:
     """Let the callbacks that look for the best network begin again."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -16,7 +17,7 @@ from typing_extensions import override
 
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze, matches
-from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
+from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests, optimizers_of
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
@@ -25,7 +26,7 @@ from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
 from lit_compress.callbacks.schedule import CutSchedule
 from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
 from lit_compress.checkpoint import write_plan
-from lit_compress.graph import evaluating
+from lit_compress.graph import ChannelGraph, evaluating, trace
 from lit_compress.plan import Plan, plan_of
 from lit_compress.rankings import Method
 from lit_compress.ranks import as_one, share
@@ -283,10 +284,10 @@ class PruningCallback(Callback, ABC):
                 # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
                 plan = plan_for(pl_module, analysis.graph, recipe)
                 _refuse_disagreement(plan)
-                followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
+                followers = [plan.prepare(optimizer) for optimizer in optimizers_of(trainer)]
                 before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
                 averages = averages_of(trainer)
-            with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], trainer.optimizers):
+            with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], optimizers_of(trainer)):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
                     pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph,
@@ -317,7 +318,25 @@ class PruningCallback(Callback, ABC):
         if plan.keep:
             forget_bests(trainer)
         else:
-            rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
+            self.nothing_left(trainer)
+
+    def nothing_left(self, trainer: Trainer) -> None:
+        """A cut has found nothing to remove."""
+        rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
+
+    @contextmanager
+    def traced(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[ChannelGraph, Any]]:
+        """The graph of the network as it is, and the example it was traced with; what fails inside fails on all ranks.
+
+        Raises:
+            MisconfigurationException: If there are no data for the analysis.
+        """
+        with as_one(), rng.isolated(), validating(trainer), as_one():
+            batch = analysis_batches(trainer, pl_module, self.loader, self.max_samples).example()
+            if batch is None:
+                raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
+            example = first_samples(batch)
+            yield trace(pl_module, lambda: silent_step(pl_module, example)), example
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, mult_adds: int) -> Measurement:
         step = bare_step(pl_module)

@@ -235,12 +235,7 @@ class Analysis:
         for pattern in (*include, *exclude):
             if not any(matches(name, pattern) for name in self.graph.layers):
                 raise ValueError(f"Pattern {pattern!r} matches no layer; the layers are {', '.join(self.graph.layers)}.")
-        return {
-            name: found
-            for name, found in self.rankings.items()
-            if all(any(matches(member, pattern) for pattern in include) for member in found.group.members)
-            and not any(matches(member, pattern) for pattern in exclude for member in found.group.members)
-        }
+        return {name: found for name, found in self.rankings.items() if wanted(found.group, include, exclude)}
 
     def _removed(self, chosen: Mapping[str, Ranking], widths: Mapping[str, int], limits: _Limits) -> Marks:
         """The classes that leave, if each group keeps about as many channels as ``widths`` says."""
@@ -443,6 +438,13 @@ def _kept(group: ChannelGroup, recipe: Recipe) -> int:
     position = group.members[group.name]
     stays = list(recipe.keep.get(group.name, range(len(position))))
     return int((position[stays] != FIXED).sum())
+
+
+def wanted(group: ChannelGroup, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns let a group of tied layers be cut: all of them must be included, and none excluded."""
+    return all(any(matches(member, pattern) for pattern in include) for member in group.members) and not any(
+        matches(member, pattern) for pattern in exclude for member in group.members
+    )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -158,6 +158,11 @@ def put_gates(model: nn.Module, sites: Iterable[Site]) -> Gates:
     if gates_of(model) is not None:
         raise ValueError(f"{type(model).__name__} has gates already.")
     held = Gates(sites).train(model.training).to(next(model.parameters()).device)
+    _attach(model, held)
+    return held
+
+
+def _attach(model: nn.Module, held: Gates) -> None:
     places = {site: model.get_submodule(site.module) for site in held.sites}
     for site, gate in held.by_site().items():
         applied, place = _Applied(gate, site.position), places[site]
@@ -167,21 +172,30 @@ def put_gates(model: nn.Module, sites: Iterable[Site]) -> Gates:
         else:
             place.register_forward_pre_hook(applied.to_input, prepend=True)
     model.add_module(CHILD, held)
-    return held
 
 
 def remove_gates(model: nn.Module) -> None:
-    """Take all gates out of a network; what they did is gone."""
-    held = gates_of(model)
-    if held is None:
-        return
-    for site in held.sites:
-        place = model.get_submodule(site.module)
-        for hooks in (place._forward_hooks, place._forward_pre_hooks):
+    """Take all gates out of a network, hidden ones too; what they did is gone."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for number, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), _Applied):
                     del hooks[number]
-    del model._modules[CHILD]
+    model._modules.pop(CHILD, None)
+
+
+@contextmanager
+def gates_back_on_error(model: nn.Module) -> Iterator[None]:
+    """If anything fails inside, the network has the gates that it had before."""
+    held = gates_of(model)
+    try:
+        yield
+    except BaseException:
+        if gates_of(model) is not held:
+            remove_gates(model)
+            if held is not None:
+                _attach(model, held)
+        raise
 
 
 def gates_of(model: nn.Module) -> Gates | None:
@@ -190,15 +204,16 @@ def gates_of(model: nn.Module) -> Gates | None:
     return held if isinstance(held, Gates) else None
 
 
-@contextmanager
-def without_gates(model: nn.Module) -> Iterator[None]:
-    """The network does not list its gates among its children, though they work."""
-    held = model._modules.pop(CHILD, None)
-    try:
-        yield
-    finally:
-        if held is not None:
-            model._modules[CHILD] = held
+def hide_gates(model: nn.Module) -> Gates | None:
+    """A network no longer lists its gates among its children, though they work; :func:`show_gates` takes what this returns."""
+    held = gates_of(model)
+    model._modules.pop(CHILD, None)
+    return held
+
+
+def show_gates(model: nn.Module, held: Gates) -> None:
+    """The network lists its gates again, which are moved to its device."""
+    model.add_module(CHILD, held.to(next(model.parameters()).device))
 
 
 def sites_to_dicts(model: nn.Module) -> list[dict[str, Any]]:
@@ -220,7 +235,13 @@ def make_room(model: nn.Module, sites: Sequence[Mapping[str, Any]]) -> None:
 
 
 def fold_gates(
-    model: nn.Module, graph: ChannelGraph, inputs: Any, forward_fn: ForwardFn, *, keep_signs: bool = True
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Any,
+    forward_fn: ForwardFn,
+    *,
+    keep_signs: bool = True,
+    only_check: bool = False,
 ) -> dict[str, list[int]]:
     """Multiply what each gate does in evaluation into the weights that read its channels, and take the gates out.
 
@@ -234,6 +255,8 @@ def fold_gates(
         inputs: Real inputs.
         forward_fn: How to run the network on them.
         keep_signs: Keep signs before a max-pool. Otherwise these channels are switched off, which changes the network.
+        only_check: Change nothing, and make the check for any values that training may lead to: on values near the present ones,
+            drawn at random. A norm as it is built, for one, keeps ratios, and one that has seen data does not.
 
     Returns:
         Layer name to the channels whose sign stays, or that were switched off for it; empty for a network that is plain again.
@@ -245,7 +268,8 @@ def fold_gates(
     if held is None:
         return {}
     tensors = all_tensors(model)
-    folded = {name: tensors[name].data for name in {use.weight for use in graph.uses}}
+    drawn = _drawn(tensors) if only_check else {}
+    folded = {name: drawn.get(tensors[name], tensors[name].data) for name in {use.weight for use in graph.uses}}
     switched_off: dict[Tensor, Tensor] = {}
     signs: dict[Site, Tensor] = {}  # that stay
     stuck: dict[str, list[int]] = {}
@@ -265,9 +289,11 @@ def fold_gates(
         _multiply(graph, folded, classes, torch.where(pooled, scale.abs() if keep_signs else 0.0, scale))
         stand_in[gate.mu] = signs.get(site, torch.ones_like(gate.mu)).detach()
         stand_in[gate.log_var] = torch.full_like(gate.log_var, -100).detach()  # no noise: none is switched off
-    before = _outputs(model, forward_fn, inputs, switched_off)
+    before = _outputs(model, graph, forward_fn, inputs, {**drawn, **switched_off})
     changed = {tensors[name]: value for name, value in folded.items() if value is not tensors[name].data}
-    _refuse_difference(before, _outputs(model, forward_fn, inputs, {**changed, **stand_in}), held)
+    _refuse_difference(before, _outputs(model, graph, forward_fn, inputs, {**drawn, **changed, **stand_in}), held)
+    if only_check:
+        return stuck
     torch.clear_autocast_cache()  # it holds casts of the old weights
     for tensor, value in changed.items():
         set_data(tensor, value.to(tensor))
@@ -278,6 +304,16 @@ def fold_gates(
             gate.get_buffer("signs").copy_(value)
     _forget(model)
     return stuck
+
+
+def _drawn(tensors: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+    """Values near those of a network's floating point tensors, but for the gates; what was positive stays so."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        tensor: tensor.data + (0.1 * torch.rand(tensor.shape, generator=generator)).to(tensor)
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not name.startswith(f"{CHILD}.")
+    }
 
 
 def _multiply(graph: ChannelGraph, data: dict[str, Tensor], classes: Vector, factor: Tensor) -> None:
@@ -297,30 +333,47 @@ def _pooled(graph: ChannelGraph, layer: str) -> frozenset[int]:
     return next((point.pooled for point in graph.activations if np.array_equal(point.channels, mine)), frozenset())
 
 
-def _outputs(model: nn.Module, forward_fn: ForwardFn, inputs: Any, values: Mapping[Tensor, Tensor]) -> list[Tensor]:
-    """What leaves the network in evaluation, in float64, with some tensors exchanged for others."""
+def _outputs(
+    model: nn.Module, graph: ChannelGraph, forward_fn: ForwardFn, inputs: Any, values: Mapping[Tensor, Tensor]
+) -> list[tuple[str, Tensor]]:
+    """Output of each layer and of the network in evaluation, in float64, with some tensors exchanged for others."""
+    seen: list[tuple[str, Tensor]] = []
 
     def precise(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
+    def listen(name: str) -> Any:
+        return lambda module, inputs, output: (
+            seen.append((f"layer {name!r}", output.clone())) if isinstance(output, Tensor) else None
+        )
+
     exchanged = {tensor: precise(values.get(tensor, tensor.data)) for tensor in all_tensors(model).values()}
-    with rng.isolated(), evaluating(model), torch.inference_mode(False), torch.no_grad(), substituted(model, exchanged):
-        torch.manual_seed(0)
-        found = forward_fn(model, tree_map(precise, inputs))
-        return [precise(tensor.detach().clone()) for tensor in tensors_in(found)]
+    modules = dict(model.named_modules())
+    # A depthwise convolution passes on channels whose factor comes later. The network itself may return what it likes.
+    layers = [name for name, layer in graph.layers.items() if layer.own and name and name in modules]
+    handles = [modules[name].register_forward_hook(listen(name)) for name in layers]
+    try:
+        with rng.isolated(), evaluating(model), torch.inference_mode(False), torch.no_grad(), substituted(model, exchanged):
+            torch.manual_seed(0)
+            found = forward_fn(model, tree_map(precise, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen += [("the output", tensor) for tensor in tensors_in(found)]
+    return [(name, precise(tensor.detach())) for name, tensor in seen]
 
 
-def _refuse_difference(before: list[Tensor], after: list[Tensor], held: Gates) -> None:
-    for expected, found in zip(before, after, strict=True):
+def _refuse_difference(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]], held: Gates) -> None:
+    for (name, expected), (_, found) in zip(before, after, strict=True):
         largest = expected.abs().max().item() if expected.numel() else 0.0
         error = (found - expected).abs().max().item() if expected.numel() else 0.0
         if not error <= _TOLERANCE * max(largest, 1e-12):
             layers = ", ".join(repr(site.layer) for site in held.sites)
             raise ValueError(
-                f"The gates of {layers} cannot be folded into the weights that read them: the output differs by "
+                f"The gates of {layers} cannot be folded into the weights that read them: {name} differs by "
                 f"{error / max(largest, 1e-12):.1e} of its largest value. Something between a gate and the next layer does not "
-                "keep the ratio of its inputs (a norm, a sum with the channels as they were before the gate). Leave that layer "
-                "out with `exclude`."
+                "keep the ratio of its inputs (a norm, a sum with the channels as they were before the gate). Leave the layer "
+                "before it out with `exclude`."
             )
 
 

@@ -20,6 +20,8 @@ from lit_compress.selection import pib
 from lit_compress.statistics.entropies import StreamingEntropies
 from lit_compress.statistics.gather import Watched
 
+ONE_CHANNEL = "it has one channel"
+
 
 @dataclass(frozen=True)
 class GroupEntropies(GroupScores):
@@ -88,6 +90,8 @@ class PIB(ScoreMethod):
 def why_no_bits(graph: ChannelGraph, group: ChannelGroup) -> str:
     """Why a group's channels cannot be read as bits, or an empty string."""
     point = graph.activation_of(group)
+    if len(group.classes) == 1:
+        return ONE_CHANNEL
     if len(group.members) > 1:
         return f"its channels are tied to those of {', '.join(map(repr, list(group.members)[1:]))}"
     if point is None or not np.array_equal(point.channels, group.classes):

@@ -10,7 +10,18 @@ from torch import nn
 
 from lit_compress import Recipe, cut, load_pruned
 from lit_compress.checkpoint import write_plan
-from lit_compress.gates import CHILD, ChannelSigns, find_sites, fold_gates, gates_of, put_gates, remove_gates, without_gates
+from lit_compress.gates import (
+    CHILD,
+    ChannelSigns,
+    find_sites,
+    fold_gates,
+    gates_back_on_error,
+    gates_of,
+    hide_gates,
+    put_gates,
+    remove_gates,
+    show_gates,
+)
 from lit_compress.graph import trace
 from lit_compress.layers import VIBGate
 from lit_compress.models import VGGCIFAR, LeNet5, LeNet300100
@@ -175,7 +186,7 @@ def test_a_fold_that_is_not_exact_is_refused_and_changes_nothing():
     nn.init.normal_(gates_of(network)["net/0"].mu)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"The gates of 'net.0' cannot be folded into the weights that read them: the output differs"
+        ValueError, match=r"The gates of 'net.0' cannot be folded into the weights that read them: layer 'net.3' differs"
     ):
         fold_gates(network, trace(network, lambda: network(inputs)), inputs, call)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -199,10 +210,30 @@ def test_copies_have_gates_of_their_own(copied):
 def test_gates_can_be_hidden():
     network, inputs, _ = gated("LeNet-5")
     expected = network(inputs)
-    with without_gates(network):
-        assert len(list(network.parameters())) == 8
-        torch.testing.assert_close(network(inputs), expected)
+    hidden = hide_gates(network)
+    assert len(list(network.parameters())) == 8
+    torch.testing.assert_close(network(inputs), expected)
+    show_gates(network, hidden)
     assert len(list(network.parameters())) == 14
+    hide_gates(network)
+    remove_gates(network)  # finds hidden ones
+    assert not torch.allclose(network(inputs), expected)
+
+
+def test_what_fails_gives_the_gates_back():
+    network, inputs, graph = gated("LeNet-5")
+    expected, held = network(inputs), gates_of(network)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def fail():
+        fold_gates(network, graph, inputs, call)
+        network.load_state_dict({name: value for name, value in before.items() if CHILD not in name}, strict=False)
+        raise KeyError
+
+    with pytest.raises(KeyError), gates_back_on_error(network):
+        fail()
+    assert gates_of(network) is held
+    torch.testing.assert_close(network(inputs), expected)
 
 
 @pytest.mark.parametrize("stage", ["gated", "cut with gates", "cut, then gated", "folded, signs left, cut"])
