@@ -157,7 +157,9 @@ def put_gates(model: nn.Module, sites: Iterable[Site]) -> Gates:
         raise ValueError("A Sequential runs all its children, also the one that holds its gates: give a module that holds it.")
     if gates_of(model) is not None:
         raise ValueError(f"{type(model).__name__} has gates already.")
-    held = Gates(sites).train(model.training).to(next(model.parameters()).device)
+    like = next(model.parameters())
+    precision = torch.promote_types(like.dtype, torch.float32)  # of a network in half precision, gates are learned in single
+    held = Gates(sites).train(model.training).to(like.device, precision)
     _attach(model, held)
     return held
 
