@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -23,7 +22,7 @@ from lit_compress.statistics.gather import Watched
 ONE_CHANNEL = "it has one channel"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupEntropies(GroupScores):
     """What the activations of a layer's sigmoid units say.
 
@@ -32,8 +31,8 @@ class GroupEntropies(GroupScores):
         middle: Share of the activations between 0.1 and 0.9.
     """
 
-    entropies: pib.Entropies | None = None
-    middle: float = math.nan
+    entropies: pib.Entropies
+    middle: float
 
 
 class PIB(ScoreMethod):
@@ -80,7 +79,8 @@ class PIB(ScoreMethod):
         metric = cast(StreamingEntropies, watched[group.name].metric)
         found = metric.entropies(self.marginal)
         order, width = pib.removal_order(found, self.variant), pib.width_of(found, self.variant)
-        return GroupEntropies(group, order, 0, pib.scores(found, self.variant), width, found, metric.middle)
+        scores = pib.scores(found, self.variant)
+        return GroupEntropies(group, order, 0, scores, width, entropies=found, middle=metric.middle)
 
     @override
     def values(self, rankings: Rankings) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import seed_everything
 from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +24,7 @@ from lit_compress.plan import plan_of
 from lit_compress.selection import pib
 from tests.modules import (
     EPOCHS,
+    At,
     Draws,
     Small,
     Theirs,
@@ -421,3 +423,21 @@ def test_other_callbacks_and_a_second_fit_go_with_gates(tmp_path):
     again_trainer.strategy.connect(module)
     again_trainer.save_checkpoint(checkpoint)
     assert same(dict(load_pruned(Theirs, checkpoint).state_dict()), dict(module.state_dict()))
+
+
+def test_gates_train_alike_under_a_gradient_scaler(tmp_path):
+    """Their gradients come scaled by 65536. Adam itself would not notice, but their weight decay would count for nothing."""
+
+    def gates_after(name, **options):
+        seed_everything(0, verbose=False)
+        module = Small()
+        without_noise = At(0, lambda trainer, module: [gate.log_var.data.fill_(-30) for gate in gates_of(module).values()])
+        callback = VIBPruning(at_epoch=5, kl_scale=0.0, gate_lr=0.02, gate_weight_decay=1.0)
+        limited = EarlyStopping("val/loss", patience=0, min_delta=100.0)  # two epochs, before the cut
+        new_trainer(tmp_path / name, without_noise, callback, limited, max_epochs=6, **options).fit(module, *small_loaders())
+        return torch.cat([gate.mu.detach() for gate in gates_of(module).values()])
+
+    scaler = torch.amp.GradScaler("cpu")
+    found = gates_after("scaled", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert scaler.get_scale() >= 2.0**15
+    torch.testing.assert_close(found, gates_after("plain"), rtol=0, atol=5e-3)  # half precision has three digits
