@@ -99,8 +99,17 @@ def test_units_go_from_the_least_informative_on_until_the_room_is_needed():
 
 
 def test_a_score_of_exactly_a_half_stays():
-    found = pib.Entropies(noise=torch.tensor([0.5, 1.0, 1.0]), marginal=torch.ones(3))
-    assert pib.keep_units(found).tolist() == [0]
+    found = pib.Entropies(noise=torch.tensor([0.5, 0.5, 1.0, 1.0]), marginal=torch.ones(4))
+    assert pib.least_width(found) == 1
+    assert pib.keep_units(found).tolist() == [0, 1]
+
+
+def test_the_variants_differ_on_a_unit_that_is_sure_and_says_nothing():
+    # A silent unit, an informative one, and noise. Bounds 1, 1, 0; information 0, 1, 0.
+    found = pib.Entropies(noise=torch.tensor([0.0, 0.0, 1.0]), marginal=torch.tensor([0.0, 1.0, 1.0]))
+    assert pib.keep_units(found, "A").tolist() == [0, 1]
+    assert pib.keep_units(found, "B").tolist() == [1, 2]  # room for two, and of the equals 0 and 2 the first one goes
+    assert pib.keep_units(found, "C").tolist() == [1]
 
 
 def test_a_layer_without_information_keeps_one_unit():
