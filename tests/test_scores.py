@@ -174,9 +174,11 @@ def test_layers_without_bits_say_why():
     assert analysis.whole["a"] == "a relu follows it, not a sigmoid"
 
 
-def test_tokens_are_positions():
-    parts = {"a": nn.Linear(4, 5), "b": nn.Linear(5, 2)}
-    network = Net(lambda m, x: m.b(m.a(x).sigmoid()), **parts)
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: m.b(m.a(x).sigmoid()), lambda m, x: m.b(m.unit(m.a(x)))], ids=["function", "module"]
+)
+def test_tokens_are_positions(forward):
+    network = Net(forward, a=nn.Linear(4, 5), unit=nn.Sigmoid(), b=nn.Linear(5, 2))
     tokens = torch.rand(20, 3, 4)
     q = network.a(tokens).sigmoid().detach().movedim(-1, 1)
     found = analyze(network, tokens.split(6), method="pib").rankings["a"].entropies
