@@ -124,6 +124,13 @@ class Comparison:
         low, high = self.spread(cpu=cpu)
         return low <= self[name].ratio(self.baseline, cpu=cpu).median <= high
 
+    def beside_spread(self, name: str, *, cpu: bool = False) -> str:
+        """A candidate's ratio to the baseline, and whether it lies within the range that the baseline has to itself."""
+        low, high = self.spread(cpu=cpu)
+        inside = "within" if self.within_spread(name, cpu=cpu) else "OUTSIDE"
+        ratio = ratio_text(self[name].ratio(self.baseline, cpu=cpu))
+        return f"{ratio}×, {inside} the {low:.2f}–{high:.2f} of the same measured twice"
+
     def table(self, *, unit: str = "ms") -> str:
         """Markdown: a row for each, medians with quartiles."""
         lines = [

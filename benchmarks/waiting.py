@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from benchmarks.page import Section, main
-from benchmarks.timing import Candidate, Comparison, Span, interleaved, ratio_text, threads
+from benchmarks.timing import Candidate, Comparison, Span, interleaved, threads
 from lit_compress.callbacks import PFAPruning
 from lit_compress.models import LeNet300100, ResNetCIFAR
 from lit_compress.modules import LitClassifier
@@ -55,7 +55,7 @@ def measure(quick: bool, rounds: int | None) -> Section:
         tables[f"A training step of {caption}"] = compared.table()
         for name in (EPOCH, CONVERGED):
             verdicts.append(
-                f"{caption}: `{name}` {_beside_spread(compared, name)}; of the CPU {_beside_spread(compared, name, cpu=True)}"
+                f"{caption}: `{name}` {compared.beside_spread(name)}; of the CPU {compared.beside_spread(name, cpu=True)}"
             )
     return Section(
         question="What does a PFAPruning that waits cost a training step?",
@@ -64,13 +64,6 @@ def measure(quick: bool, rounds: int | None) -> Section:
         verdicts=verdicts,
         settings={"threads": 1, "epochs a fit": 4},
     )
-
-
-def _beside_spread(compared: Comparison, name: str, *, cpu: bool = False) -> str:
-    low, high = compared.spread(cpu=cpu)
-    inside = "within" if compared.within_spread(name, cpu=cpu) else "OUTSIDE"
-    ratio = ratio_text(compared[name].ratio(compared.baseline, cpu=cpu))
-    return f"{ratio}×, {inside} the {low:.2f}–{high:.2f} of the same measured twice"
 
 
 def _compared(net: nn.Module, images: Tensor, steps: int, rounds: int) -> Comparison:

@@ -1,9 +1,22 @@
-"""Callbacks that make a network smaller while it trains."""
+"""Callbacks that make a network smaller while it trains, and watch it."""
 
+from lit_compress.callbacks.apply_recipe import ApplyRecipe
+from lit_compress.callbacks.crs import CRSWeightDecay
+from lit_compress.callbacks.monitor import CompressionMonitor
 from lit_compress.callbacks.pfa import PFAPruning
 from lit_compress.callbacks.pib import PIBPruning
 from lit_compress.callbacks.pruning import PruningCallback
 from lit_compress.callbacks.scores import MagnitudePruning, SlimmingPruning
 from lit_compress.callbacks.vib import VIBPruning
 
-__all__ = ["MagnitudePruning", "PFAPruning", "PIBPruning", "PruningCallback", "SlimmingPruning", "VIBPruning"]
+__all__ = [
+    "ApplyRecipe",
+    "CRSWeightDecay",
+    "CompressionMonitor",
+    "MagnitudePruning",
+    "PFAPruning",
+    "PIBPruning",
+    "PruningCallback",
+    "SlimmingPruning",
+    "VIBPruning",
+]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lit_compress.checkpoint import rebuild
 from lit_compress.slicing import all_tensors, set_data
 
 
@@ -26,6 +27,17 @@ def optimizers_of(trainer: Trainer) -> list[Optimizer]:
     """The module's optimizers, and those that callbacks have of their own."""
     own = [vars(callback).get("own_optimizer") for callback in trainer.callbacks]  # type: ignore[attr-defined]
     return [*trainer.optimizers, *(optimizer for optimizer in own if optimizer is not None)]
+
+
+def rebuild_module(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Cut a module, and the averages of its weights in its Trainer, to the sizes of a checkpoint, before the weights load.
+
+    Raises:
+        ValueError: As :func:`~lit_compress.checkpoint.rebuild`.
+    """
+    trainer = pl_module._trainer
+    for network in [pl_module, *(() if trainer is None else averages_of(trainer))]:
+        rebuild(network, checkpoint)
 
 
 def forget_bests(trainer: Trainer) -> None:

@@ -64,14 +64,20 @@ class AnalysisBatches:
         self._loader, self._whole, self._trainer, self._pl_module = loader, whole, trainer, pl_module
 
     def example(self) -> Any:
-        """The first batch of the whole, the same on every rank where the loader allows it; None if no rank has one."""
+        """The first batch of the whole, the same on every rank where the loader allows it.
+
+        Raises:
+            MisconfigurationException: If no rank has one.
+        """
         batch = next(iter(self._whole), None)
         found = share(batch is not None)
         if any(found) and not all(found):  # a stream that gives this rank nothing
             source = found.index(True)
             given = share(batch if rank() == source else None)[source]
             batch = given if batch is None else batch
-        return None if batch is None else transfer(self._trainer, self._pl_module, batch)
+        if batch is None:
+            raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
+        return transfer(self._trainer, self._pl_module, batch)
 
     def __iter__(self) -> Iterator[Any]:
         seen, enough = 0, max(len(parameter) for parameter in self._pl_module.parameters() if parameter.ndim)

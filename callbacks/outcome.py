@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from pytorch_lightning import Trainer
-from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lit_compress.analysis import Analysis
-from lit_compress.callbacks.steps import is_dev_run
+from lit_compress.callbacks.loggers import Outlets
 from lit_compress.pictures import plot_widths
 from lit_compress.recipe import Recipe
 from lit_compress.report import Latency
@@ -61,9 +58,9 @@ class CutReport:
         """Log the cut with every logger of the Trainer, and write recipe, table and pictures to disk.
 
         Logged: ``compress/parameters``, ``compress/mult_adds`` (one sample), ``compress/latency_ms``, ``compress/width/<layer>``
-        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``, and the
-        method's own figures; as pictures ``compress/widths`` and the method's own (``compress/spectra`` of PFA) where the logger
-        takes them.
+        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``, and what the method has to say
+        in numbers; where the logger takes them, the picture ``compress/widths`` and the method's own (of PFA,
+        ``compress/spectra``), and the table ``compress/layers``.
 
         Args:
             trainer: The running Trainer.
@@ -71,10 +68,8 @@ class CutReport:
             recipe: This cut, relative to the network before it, with every layer that lost channels.
             index: Number of the cut, in the names of the files.
         """
-        if is_dev_run(trainer):
-            return
-        folder = output_folder(trainer)
-        if not trainer.is_global_zero:
+        outlets = Outlets(trainer)
+        if not outlets.open:
             return
         before = {name: len(layer.classes) for name, layer in analysis.graph.layers.items()}
         widths = before | recipe.widths
@@ -88,33 +83,28 @@ class CutReport:
         values |= {f"compress/after_cut/{name}": value for name, value in self.after.metrics.items()}
         values |= {f"compress/{name}": value for name, value in analysis.method.values(analysis.rankings).items()}
         figures = {**analysis.figures(recipe), "widths": plot_widths(before, recipe.widths)}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-            for name, figure in figures.items():
-                log_figure(logger, f"compress/{name}", figure, trainer.global_step)
-        self.recipe.save(folder / "recipe.json")
         table = analysis.preview(recipe)
-        (folder / f"cut_{index}_layers.txt").write_text(str(table), encoding="utf-8")
+        outlets.values(values)
         for name, figure in figures.items():
-            figure.savefig(folder / f"cut_{index}_{name}.png", dpi=120)
+            outlets.figure(f"compress/{name}", figure, f"cut_{index}_{name}")
+        outlets.table("compress/layers", *table.cells())
+        (outlets.folder / f"cut_{index}_layers.txt").write_text(str(table), encoding="utf-8")
+        self.recipe.save(outlets.folder / "recipe.json")
 
     def finish(self, trainer: Trainer, first: Measurement, final: Mapping[str, float]) -> None:
         """Log and print what the run gained: before the first cut, after the last one, and after fine-tuning."""
-        if is_dev_run(trainer):
+        outlets = Outlets(trainer)
+        if not outlets.open:
             return
-        folder = output_folder(trainer)
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics({f"compress/fine_tuned/{name}": value for name, value in final.items()}, step=trainer.global_step)
+        outlets.values({f"compress/fine_tuned/{name}": value for name, value in final.items()})
         summary = {
             "before": asdict(first), "after_cut": asdict(self.after), "fine_tuned": dict(final), "batch_size": self.batch_size,
             "method": self.recipe.method,
         }  # fmt: skip
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (outlets.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         console = Console()
         console.print(self._table(first, final))
-        console.print(f"Recipe, tables and pictures: {escape(str(folder))}", soft_wrap=True)
+        console.print(f"Recipe, tables and pictures: {escape(str(outlets.folder))}", soft_wrap=True)
 
     def _table(self, first: Measurement, final: Mapping[str, float]) -> Table:
         table = Table(title=escape(f"{self.recipe.method}, before epoch {self.epoch}"))
@@ -144,23 +134,3 @@ class CutReport:
             name: Measurement(**{**data[name], "latency": Latency(**data[name]["latency"])}) for name in ("before", "after")
         }
         return cls(epoch=data["epoch"], batch_size=data["batch_size"], recipe=Recipe.from_dict(data["recipe"]), **moments)
-
-
-def output_folder(trainer: Trainer) -> Path:
-    """Where a run's recipes and pictures go: ``lit_compress/`` in the logger's folder, or in the Trainer's root folder.
-
-    All ranks must ask, since the Trainer makes them agree on it.
-    """
-    folder = Path(trainer.log_dir or trainer.default_root_dir) / "lit_compress"
-    if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Log a picture with a logger that takes pictures; the file on disk serves the others."""
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(logger, "log_image"):  # Weights & Biases
-        logger.log_image(key=name, images=[figure], step=step)
-    elif hasattr(experiment, "add_figure"):  # TensorBoard
-        experiment.add_figure(name, figure, global_step=step)

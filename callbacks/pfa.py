@@ -9,9 +9,7 @@ from typing_extensions import override
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.pruning import PruningCallback
 from lit_compress.callbacks.targets import for_this_cut, one_target
-from lit_compress.rankings import Method
 from lit_compress.recipe import Recipe
-from lit_compress.spectra import PFA
 
 
 class PFAPruning(PruningCallback):
@@ -24,6 +22,8 @@ class PFAPruning(PruningCallback):
         keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The result is at or below it,
             counted on the network as cut.
         keep_mult_adds: The same for mult-adds.
+        keep_latency: The same for the time of a validation step on a batch as the analysis reads it, measured on networks of the
+            sizes in question and on the original, in turns: see :meth:`Analysis.recipe`. Under DDP, on rank 0.
         kwargs: When, where and on what, as for :class:`PruningCallback`. With several cuts, a target for the whole is approached
             in equal ratios: 0.25 in two cuts is 0.5 and then 0.25 of the original.
 
@@ -43,26 +43,13 @@ class PFAPruning(PruningCallback):
         energy: float | None = None,
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
+        keep_latency: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        given = {"energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
-        self.target = one_target("energy", given, needed=False)
-
-    @property
-    @override
-    def method(self) -> Method:
-        return PFA()
+        sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
+        self.target = one_target("energy", {"energy": energy, **sizes}, needed=False)
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:
-        target = for_this_cut(self.target, self.schedule, own="energy")
-        return analysis.recipe(
-            energy=target.get("energy"),
-            keep_params=target.get("keep_params"),
-            keep_mult_adds=target.get("keep_mult_adds"),
-            min_width=self.min_width,
-            round_to=self.round_to,
-            include=self.include,
-            exclude=self.exclude,
-        )
+        return self.limited_recipe(analysis, for_this_cut(self.target, self.schedule, own="energy"))

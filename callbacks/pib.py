@@ -90,7 +90,7 @@ class PIBPruning(PruningCallback):
                     f"{found.middle:.0%} of the activations of {name!r} lie between {pib.MIDDLE[0]} and {pib.MIDDLE[1]}. Read as "
                     "bits, such units are mostly noise, and what PIB says of them means little."
                 )
-        return analysis.recipe(min_width=self.min_width, round_to=self.round_to, include=self.include, exclude=self.exclude)
+        return self.limited_recipe(analysis, {})
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,31 +8,46 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lit_compress import rng
-from lit_compress.analysis import Analysis, analyze, matches
+from lit_compress.analysis import Analysis, analyze
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests, optimizers_of
+from lit_compress.callbacks.fallback import Fallback, Kept
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
+from lit_compress.callbacks.restart import first_schedule, prepare_restart, warn_if_cut_short
 from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
 from lit_compress.callbacks.schedule import CutSchedule
-from lit_compress.callbacks.steps import bare_step, drop, evaluate, is_dev_run, silent_step, training_error, untouched, validating
+from lit_compress.callbacks.steps import (
+    evaluate,
+    is_dev_run,
+    refuse_only_training,
+    silent_step,
+    step_stopwatch,
+    training_error,
+    validating,
+)
 from lit_compress.checkpoint import write_plan
-from lit_compress.graph import ChannelGraph, evaluating, trace
+from lit_compress.graph import ChannelGraph, trace
+from lit_compress.latency import Comparison
+from lit_compress.naming import matches
+from lit_compress.norms import reestimate_norms
+from lit_compress.optimizer_state import refuse_sharded
 from lit_compress.plan import Plan, plan_of
 from lit_compress.rankings import Method
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
-from lit_compress.report import count_parameters, measure_latency
-from lit_compress.statistics.gather import batch_size, first_samples
+from lit_compress.report import count_parameters
+from lit_compress.spectra import PFA
+from lit_compress.statistics.gather import first_samples
 from lit_compress.surgery import cut, plan_for
 
 
@@ -53,14 +68,6 @@ class PruningCallback(Callback, ABC):
     In a ``fast_dev_run`` the cut is made before its only epoch, whatever the trigger, and nothing is logged.
 
     Args:
-        at_epoch: Cut once, before this epoch, counted from 0. If no trigger is given, half of ``max_epochs``.
-        every_n_epochs: Cut before every n-th epoch, ``max_cuts`` times.
-        when: ``"converged"``: cut when ``monitor`` has not improved for ``patience`` epochs.
-        max_cuts: How often to cut. Needed by ``every_n_epochs``; otherwise 1.
-        monitor: Metric that the module logs.
-        mode: Whether ``monitor`` is better when lower (``"min"``) or higher (``"max"``).
-        patience: Epochs without improvement that count as convergence. An epoch that the Trainer does not validate is not looked
-            at.
         include: Patterns over module names, as ``"net.layer1.*"``: the layers that may be cut.
         exclude: Patterns of layers to leave whole.
         min_width: Channels that each layer keeps at least.
@@ -71,26 +78,31 @@ class PruningCallback(Callback, ABC):
         loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
             module or the datamodule if there is one, otherwise the training data.
         max_samples: Use this many samples of it, drawn at random with a fixed seed. None for all.
+        max_drop: Points (hundredths of a fraction such as accuracy) that ``monitor`` may be worse by than before the first cut.
+            If fine-tuning has not come back to within it after ``patience`` validations without a new best, the network goes
+            back to before the cut and a milder one is tried, by bisection; a run never ends with a network that has lost more.
+            Until that is decided, checkpoints hold the network before the cut as well. None: a cut stays whatever it costs.
+        reestimate_norms: Pass the analysis data through the cut network once more, to take the running statistics of its batch
+            norms anew.
+        restart_schedule: Let fine-tuning have the full training's schedule: right after a cut, every scheduler is again as it was
+            when training began, and so are the learning rate and momentum of every parameter group. ``max_epochs`` stays: it
+            counts training and fine-tuning together, and the schedule should be made for one of them. By default the running
+            schedule goes on.
         evaluate: Run the validation data before and after each cut, to tell what the cut itself costs.
         verify: Check on real data that the cut is exact and that ``training_step`` still runs, and otherwise put everything back
             and raise.
+        kwargs: When to cut: ``at_epoch``, ``every_n_epochs`` or ``when``, with ``max_cuts``, ``monitor``, ``mode`` and
+            ``patience``, as for :class:`~lit_compress.callbacks.schedule.CutSchedule`.
 
     Raises:
         MisconfigurationException: If the triggers contradict each other or the Trainer. From the start of ``fit``: if the
-            strategy cannot be cut in flight, a pattern matches no module, or a module under manual optimization has no
-            ``validation_step``.
+            strategy cannot be cut in flight, a pattern matches no module, a module under manual optimization has no
+            ``validation_step``, an optimizer's state cannot follow a cut, or there is no schedule that could be restarted.
     """
 
     def __init__(
         self,
         *,
-        at_epoch: int | None = None,
-        every_n_epochs: int | None = None,
-        when: Literal["converged"] | None = None,
-        max_cuts: int | None = None,
-        monitor: str = "val/loss",
-        mode: Literal["min", "max"] = "min",
-        patience: int = 3,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         min_width: int = 1,
@@ -99,18 +111,14 @@ class PruningCallback(Callback, ABC):
         compensate: bool = False,
         loader: Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None = None,
         max_samples: int | None = None,
+        max_drop: float | None = None,
+        reestimate_norms: bool = False,
+        restart_schedule: bool = False,
         evaluate: bool = True,
         verify: bool = True,
+        **kwargs: Any,
     ) -> None:
-        self.schedule = CutSchedule(
-            at_epoch=at_epoch,
-            every_n_epochs=every_n_epochs,
-            when=when,
-            max_cuts=max_cuts,
-            monitor=monitor,
-            mode=mode,
-            patience=patience,
-        )
+        self.schedule = CutSchedule(**kwargs)
         if min_width < 1:
             raise MisconfigurationException(f"Argument `min_width` must be at least 1 but got {min_width}.")
         if round_to < 1:
@@ -130,15 +138,25 @@ class PruningCallback(Callback, ABC):
         self.include, self.exclude, self.min_width = tuple(include), tuple(exclude), min_width
         self.round_to, self.skips, self.compensate = round_to, skips, compensate
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
+        self.restart_schedule, self.reestimate_norms = restart_schedule, reestimate_norms
+        self.fallback: Fallback | None = None
+        if max_drop is not None:
+            if not evaluate:
+                raise MisconfigurationException("`max_drop` needs the value before the cut: leave `evaluate=False` out.")
+            self.fallback = Fallback(
+                max_drop=max_drop, monitor=self.schedule.monitor, mode=self.schedule.mode, patience=self.schedule.patience
+            )
         self.reports: list[CutReport] = []
+        self._first_schedule: dict[str, Any] | None = None  # if it is to be restarted
         self._resumed_rng: list[dict[str, Any]] | None = None  # by rank
         self._failed = False
+        self._final: dict[str, float] = {}  # metrics of a network that was put back at the end
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
 
     @property
-    @abstractmethod
     def method(self) -> Method:
-        """What the analysis looks at."""
+        """What the analysis looks at: the responses of the layers, as PFA does, if a subclass says nothing else."""
+        return PFA()
 
     @abstractmethod
     def choose(self, analysis: Analysis) -> Recipe:
@@ -147,6 +165,16 @@ class PruningCallback(Callback, ABC):
         Raises:
             ValueError: If the method's target cannot be reached.
         """
+
+    def limited_recipe(self, analysis: Analysis, target: Mapping[str, float]) -> Recipe:
+        """What the analysis recommends for a target, or without one, for the layers and widths that this callback may cut."""
+        return analysis.recipe(
+            **target,
+            min_width=self.min_width,
+            round_to=self.round_to,
+            include=self.include,
+            exclude=self.exclude,
+        )
 
     # ---------------------------------------------------------------- hooks, in the order in which they fire
 
@@ -162,10 +190,13 @@ class PruningCallback(Callback, ABC):
         if stage != "fit":
             return
         self._resumed_rng = self._validated = None
+        self._final = {}
         self._failed = False
         if trainer.global_step == 0:  # what is resumed brings its own state later
             self.schedule.reset()
-            self.reports = []
+            self.reports, self._first_schedule = [], None
+            if self.fallback is not None:
+                self.fallback.reset()
         if not is_dev_run(trainer):
             self.schedule.resolve(trainer.max_epochs)
         refuse_strategy(trainer)
@@ -177,14 +208,17 @@ class PruningCallback(Callback, ABC):
         for pattern in (*self.include, *self.exclude):
             if not any(matches(name, pattern) for name in names):
                 raise MisconfigurationException(f"Pattern {pattern!r} matches no module of {type(pl_module).__name__}.")
-        if not pl_module.automatic_optimization and not is_overridden("validation_step", pl_module):
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} optimizes manually, so that its `training_step` cannot be run without training. "
-                "Give it a `validation_step`, which shows how the network is used."
-            )
+        refuse_only_training(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            for optimizer in trainer.optimizers:
+                refuse_sharded(optimizer)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        if self.restart_schedule and self._first_schedule is None:
+            self._first_schedule = first_schedule(trainer, pl_module)
         # Resumed in the middle of an epoch, the rest of that epoch comes first.
         if trainer.fit_loop.restarted_mid_epoch and (states := self._own_rng(trainer)) is not None:
             rng.restore(states)
@@ -196,7 +230,17 @@ class PruningCallback(Callback, ABC):
         if self._validated is not None:  # resumed from between a validation and the end of its epoch
             self.schedule.watch(self._validated)
             self._validated = None
-        if self.schedule.due(trainer.current_epoch) or (is_dev_run(trainer) and not self.schedule.cuts):
+        if self.fallback is not None and self.fallback.must_go_back:
+            hopeless = self.fallback.strength == 0
+            self.reports = self.fallback.go_back(trainer, pl_module)
+            if hopeless:
+                self.nothing_left(trainer)
+            elif self.fallback.searching:
+                self.schedule.cuts.pop()  # the same cut again
+                self.cut_now(trainer, pl_module)
+        elif self.fallback is not None and self.fallback.searching:
+            return
+        elif self.schedule.due(trainer.current_epoch) or (is_dev_run(trainer) and not self.schedule.cuts):
             self.cut_now(trainer, pl_module)
 
     @override
@@ -208,14 +252,31 @@ class PruningCallback(Callback, ABC):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validated is not None or not trainer.enable_validation:
             self.schedule.watch({**trainer.callback_metrics, **(self._validated or {}), **self._monitored(trainer)})
+        if self.fallback is not None and self._validated:
+            self.fallback.watch(trainer, pl_module, self.reports, self._validated)
         self._validated = None
+        # Before `ModelCheckpoint`, which comes last, writes the file of the last epoch.
+        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+            self._end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not leave training with a network that has lost more than it may."""
+        if self.fallback is None or not (value := self._monitored(trainer)):
+            return
+        if (reports := self.fallback.end(trainer, pl_module, value[self.schedule.monitor])) is not None:
+            self.reports, self._final = reports, evaluate(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.reports:
             return
         first = self.reports[0].before
-        final = over_ranks({name: float(value) for name, value in trainer.callback_metrics.items() if name in first.metrics})
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | self._final
+        final = over_ranks({name: value for name, value in metrics.items() if name in first.metrics})
         self.reports[-1].finish(trainer, first, final)
 
     @override
@@ -230,17 +291,22 @@ class PruningCallback(Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         return {
             "schedule": self.schedule.state_dict(),
+            "first_schedule": self._first_schedule,
             "validated": self._validated,
             "rng": [rng.collect()] if self._failed else share(rng.collect()),
             "reports": [report.to_dict() for report in self.reports],
+            "fallback": None if self.fallback is None else self.fallback.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.load_state_dict(state_dict["schedule"])
+        self._first_schedule = state_dict["first_schedule"] if self.restart_schedule else None
         self._validated = state_dict["validated"]
         self._resumed_rng = state_dict["rng"]
         self.reports = [CutReport.from_dict(report) for report in state_dict["reports"]]
+        if self.fallback is not None and state_dict["fallback"] is not None:
+            self.fallback.load_state_dict(state_dict["fallback"])
 
     def _monitored(self, trainer: Trainer) -> dict[str, float]:
         """The monitored metric, if it is logged, the same on all ranks, which must cut together."""
@@ -266,8 +332,7 @@ class PruningCallback(Callback, ABC):
             with as_one():
                 loader = analysis_batches(trainer, pl_module, self.loader, self.max_samples)
                 batch = loader.example()
-                if batch is None:
-                    raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
+                stopwatch = step_stopwatch(trainer, pl_module, batch)
                 example = first_samples(batch)
                 analysis = analyze(
                     pl_module,
@@ -279,14 +344,22 @@ class PruningCallback(Callback, ABC):
                     progress=progress_of(trainer),
                     skips=self.skips,
                     compensate=self.compensate,
+                    stopwatch=stopwatch,
                 )
-                recipe = Recipe.from_dict(share(self.choose(analysis).to_dict())[0])
+                recipe = self.choose(analysis)
+                if self.fallback is not None and self.fallback.strength < 1:
+                    recipe = analysis.milder(recipe, self.fallback.strength)
+                recipe = Recipe.from_dict(share(recipe.to_dict())[0])
                 # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
                 plan = plan_for(pl_module, analysis.graph, recipe)
                 _refuse_disagreement(plan)
                 followers = [plan.prepare(optimizer) for optimizer in optimizers_of(trainer)]
-                before = self._measure(trainer, pl_module, batch, analysis.mult_adds())
+                restart = None if self._first_schedule is None else prepare_restart(trainer, self._first_schedule)
+                parameters, metrics = count_parameters(pl_module), self._validate(trainer, pl_module)
                 averages = averages_of(trainer)
+                if self.fallback is not None:
+                    self.fallback.check(metrics)
+                kept = None if self.fallback is None else Kept.of(trainer, pl_module, self.reports)
             with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], optimizers_of(trainer)):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
@@ -300,7 +373,13 @@ class PruningCallback(Callback, ABC):
                 share(None)  # norms that sync over ranks talk to the others in training mode
                 if trains and (error := training_error(trainer, pl_module, batch)) is not None:
                     _refuse_training(pl_module, analysis, error)
-                after = self._measure(trainer, pl_module, batch, analysis.mult_adds(recipe))
+                if self.reestimate_norms:
+                    reestimate_norms(pl_module, loader, lambda one: silent_step(pl_module, one))
+                speed = stopwatch.look_back(plan)
+                before = Measurement(parameters, analysis.mult_adds(), speed.before, metrics)
+                after = Measurement(
+                    count_parameters(pl_module), analysis.mult_adds(recipe), speed.after, self._validate(trainer, pl_module)
+                )
                 share(None)  # from here on, no rank can fail
         composed = plan_of(pl_module)
         report = CutReport(
@@ -308,20 +387,30 @@ class PruningCallback(Callback, ABC):
             recipe=recipe if composed is None else composed.recipe,
             before=before,
             after=after,
-            batch_size=batch_size(batch),
+            batch_size=stopwatch.batch_size,
         )
+        if self.fallback is not None and kept is not None:
+            self.fallback.begin(kept, metrics)
         self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
         with as_one(), rng.isolated():
             report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
+        if speed.slower:
+            _warn_slower(speed, stopwatch.batch_size, pl_module.device)
         if plan.keep:
             forget_bests(trainer)
+            if restart is not None:
+                restart()
+                if not self.schedule.remaining:
+                    warn_if_cut_short(trainer)
         else:
+            if self.fallback is not None:
+                self.fallback.settle()
             self.nothing_left(trainer)
 
     def nothing_left(self, trainer: Trainer) -> None:
-        """A cut has found nothing to remove."""
+        """There is nothing to remove: nothing at all, or nothing that ``max_drop`` allows."""
         rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
 
     @contextmanager
@@ -332,22 +421,11 @@ class PruningCallback(Callback, ABC):
             MisconfigurationException: If there are no data for the analysis.
         """
         with as_one(), rng.isolated(), validating(trainer), as_one():
-            batch = analysis_batches(trainer, pl_module, self.loader, self.max_samples).example()
-            if batch is None:
-                raise MisconfigurationException("The analysis needs data, but its loader gave no batch.")
-            example = first_samples(batch)
+            example = first_samples(analysis_batches(trainer, pl_module, self.loader, self.max_samples).example())
             yield trace(pl_module, lambda: silent_step(pl_module, example)), example
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, mult_adds: int) -> Measurement:
-        step = bare_step(pl_module)
-        with evaluating(pl_module), untouched(pl_module, drop), trainer.precision_plugin.val_step_context():
-            latency = measure_latency(lambda: step(pl_module, batch), device=pl_module.device)
-        return Measurement(
-            parameters=count_parameters(pl_module),
-            mult_adds=mult_adds,
-            latency=latency,
-            metrics=evaluate(trainer, pl_module) if self.evaluate else {},
-        )
+    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        return evaluate(trainer, pl_module) if self.evaluate else {}
 
 
 def _refuse_disagreement(plan: Plan) -> None:
@@ -367,3 +445,11 @@ def _refuse_training(pl_module: LightningModule, analysis: Analysis, error: Exce
         f"`validation_step`{f', which does not run {unseen}' if unseen else ''}. Run the same layers in both, or leave the "
         "layers that feed them out with `exclude`."
     ) from error
+
+
+def _warn_slower(speed: Comparison, batch_size: int, device: torch.device) -> None:
+    rank_zero_warn(
+        f"The cut has made the network slower: at batch size {batch_size} on {device}, a step takes {speed.after} (median and "
+        f"quartiles), and took {speed.before} before, measured in turns. Odd numbers of channels may be slow to compute with: "
+        "round them with `round_to=8`, or give `keep_latency`, which counts nothing but time."
+    )

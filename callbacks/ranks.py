@@ -17,6 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_compress.ranks import share, world_size
 
 
+def shards(trainer: Trainer) -> bool:
+    """Whether the strategy splits parameters among the processes."""
+    return any(kind in type(trainer.strategy).__name__ for kind in ("FSDP", "DeepSpeed", "ModelParallel"))
+
+
 def refuse_strategy(trainer: Trainer) -> None:
     """Refuse, by name, what cannot be cut while it trains.
 
@@ -26,10 +31,10 @@ def refuse_strategy(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if "FSDP" in name or "DeepSpeed" in name or "ModelParallel" in name:
+    if shards(trainer):
         raise MisconfigurationException(
-            f"{name} shards the parameters, which cannot be cut in flight. Cut before sharding: apply a recipe in "
-            "`configure_model`."
+            f"{name} shards the parameters, which cannot be cut in flight. Find a recipe on one device, and train the small "
+            "network with `ApplyRecipe`, which cuts before sharding."
         )
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise MisconfigurationException(

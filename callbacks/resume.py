@@ -10,8 +10,8 @@ from pytorch_lightning import LightningModule, Trainer
 from typing_extensions import override
 
 from lit_compress import rng
-from lit_compress.callbacks.companions import averages_of
-from lit_compress.checkpoint import rebuild, write_plan
+from lit_compress.callbacks.companions import rebuild_module
+from lit_compress.checkpoint import write_plan
 
 
 def keep_plan_in_checkpoints(pl_module: LightningModule) -> None:
@@ -32,8 +32,7 @@ def keep_plan_in_checkpoints(pl_module: LightningModule) -> None:
 # Named as on the module: a bound method is pickled by its name.
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Cut the module to the sizes of the checkpoint, before its weights load."""
-    for network in [self, *(() if self._trainer is None else averages_of(self._trainer))]:
-        rebuild(network, checkpoint)
+    rebuild_module(self, checkpoint)
     own = vars(self).get("_lit_compress_on_load_checkpoint")
     type(self).on_load_checkpoint(self, checkpoint) if own is None else own(checkpoint)
 

@@ -10,7 +10,20 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 
 class CutSchedule:
-    """Decides before which epochs to cut; the arguments are those of :class:`~lit_compress.callbacks.PruningCallback`.
+    """Decides before which epochs to cut.
+
+    Args:
+        at_epoch: Cut once, before this epoch, counted from 0. If no trigger is given, half of ``max_epochs``.
+        every_n_epochs: Cut before every n-th epoch, ``max_cuts`` times.
+        when: ``"converged"``: cut when ``monitor`` has not improved for ``patience`` epochs.
+        max_cuts: How often to cut. Needed by ``every_n_epochs``; otherwise 1.
+        monitor: Metric that the module logs.
+        mode: Whether ``monitor`` is better when lower (``"min"``) or higher (``"max"``).
+        patience: Epochs without improvement that count as convergence. An epoch that the Trainer does not validate is not looked
+            at.
+
+    Raises:
+        MisconfigurationException: If the triggers contradict each other.
 
     Example:
         >>> schedule = CutSchedule(every_n_epochs=2, max_cuts=2)

@@ -27,6 +27,7 @@ class ScorePruning(PruningCallback):
         keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The result is at or below it,
             counted on the network as cut.
         keep_mult_adds: The same for mult-adds.
+        keep_latency: The same for the time of a validation step, as for :class:`~lit_compress.callbacks.PFAPruning`.
         kwargs: When, where and on what, as for :class:`PruningCallback`. With several cuts, a target for the whole is approached
             in equal ratios: 0.25 in two cuts is 0.5 and then 0.25 of the original; ``keep_channels`` is of each cut.
     """
@@ -37,24 +38,16 @@ class ScorePruning(PruningCallback):
         keep_channels: float | None = None,
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
+        keep_latency: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        given = {"keep_channels": keep_channels, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
-        self.target = one_target("keep_channels", given, needed=True)
+        sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
+        self.target = one_target("keep_channels", {"keep_channels": keep_channels, **sizes}, needed=True)
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:
-        target = for_this_cut(self.target, self.schedule, own="keep_channels")
-        return analysis.recipe(
-            keep_channels=target.get("keep_channels"),
-            keep_params=target.get("keep_params"),
-            keep_mult_adds=target.get("keep_mult_adds"),
-            min_width=self.min_width,
-            round_to=self.round_to,
-            include=self.include,
-            exclude=self.exclude,
-        )
+        return self.limited_recipe(analysis, for_this_cut(self.target, self.schedule, own="keep_channels"))
 
 
 class MagnitudePruning(ScorePruning):
@@ -63,8 +56,8 @@ class MagnitudePruning(ScorePruning):
     Args:
         scope: ``"layer"``: each layer keeps the same share of its filters. ``"global"``: all are compared, each relative to the
             mean of its layer.
-        kwargs: One of the targets ``keep_channels``, ``keep_params`` and ``keep_mult_adds``, and when and where, as for
-            :class:`PruningCallback`.
+        kwargs: One of the targets ``keep_channels``, ``keep_params``, ``keep_mult_adds`` and ``keep_latency``, and when and
+            where, as for :class:`PruningCallback`.
 
     Raises:
         MisconfigurationException: If not exactly one target is given, a value is out of range, or the scope is unknown.
@@ -95,8 +88,8 @@ class SlimmingPruning(ScorePruning):
     Args:
         strength: :math:`\lambda`. Higher drives more scales towards 0.
         scope: ``"global"``: all scales are compared. ``"layer"``: each layer keeps the same share of its channels.
-        kwargs: One of the targets ``keep_channels``, ``keep_params`` and ``keep_mult_adds``, and when and where, as for
-            :class:`PruningCallback`.
+        kwargs: One of the targets ``keep_channels``, ``keep_params``, ``keep_mult_adds`` and ``keep_latency``, and when and
+            where, as for :class:`PruningCallback`.
 
     Raises:
         MisconfigurationException: If not exactly one target is given, a value is out of range, or the scope is unknown. From the

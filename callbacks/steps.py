@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from pytorch_lightning.utilities.data import extract_batch_size
@@ -20,17 +21,31 @@ from torchmetrics import Metric
 
 from lit_compress import rng
 from lit_compress.graph import evaluating
+from lit_compress.latency import Stopwatch
 from lit_compress.ranks import as_one, share, world_size
 
 Log = Callable[..., None]
 _BY_TORCH = frozenset(vars(nn.Module()))  # attributes that are no plain ones of the user
 
 
-def bare_step(pl_module: LightningModule) -> Callable[[LightningModule, Any], Any]:
+def bare_step(pl_module: LightningModule) -> Callable[[Any, Any], Any]:
     """The module's ``validation_step``, or its ``training_step`` if it has no other, as a function of module and batch."""
     name = "validation_step" if is_overridden("validation_step", pl_module) else "training_step"
     indices = _indices(getattr(pl_module, name), 0)
     return lambda module, batch: getattr(module, name)(batch, *indices)
+
+
+def refuse_only_training(pl_module: LightningModule) -> None:
+    """Refuse a module that cannot be run without being trained.
+
+    Raises:
+        MisconfigurationException: If it optimizes manually and has no ``validation_step``.
+    """
+    if not pl_module.automatic_optimization and not is_overridden("validation_step", pl_module):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes manually, so that its `training_step` cannot be run without training. "
+            "Give it a `validation_step`, which shows how the network is used."
+        )
 
 
 def _indices(step: Callable[..., Any], batch_idx: int, dataloader_idx: int | None = None) -> list[int]:
@@ -55,6 +70,17 @@ def silent_step(module: Any, batch: Any) -> Any:
     with untouched(module, drop) as kept:
         returned = bare_step(module)(module, batch)
         return returned, kept.left_behind()
+
+
+def step_stopwatch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Stopwatch:
+    """A stopwatch on the module's step with a batch, in the Trainer's precision; what is logged is dropped."""
+
+    @contextmanager
+    def silent() -> Iterator[None]:
+        with untouched(pl_module, drop), trainer.precision_plugin.val_step_context():
+            yield
+
+    return Stopwatch(pl_module, batch, forward_fn=bare_step(pl_module), context=silent)
 
 
 def training_error(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Exception | None:

@@ -57,6 +57,7 @@ class VIBPruning(PruningCallback):
         threshold: Channels go whose :math:`\log \alpha` is this or more. Higher keeps more.
         keep_params: Instead of the threshold, a share of the original network's trainable parameters to keep, in (0, 1).
         keep_mult_adds: The same for mult-adds.
+        keep_latency: The same for the time of a validation step, as for :class:`~lit_compress.callbacks.PFAPruning`.
         gate_lr: Learning rate of the gates. It falls as that of the module's own optimizer does by its schedule.
         gate_weight_decay: Their weight decay, in the gradient as Adam has it. It pulls towards pruning.
         map_scale: How a layer's penalty grows with its feature map; see :class:`~lit_compress.layers.VIBGate`.
@@ -83,6 +84,7 @@ class VIBPruning(PruningCallback):
         threshold: float = 0.0,
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
+        keep_latency: float | None = None,
         gate_lr: float = 1e-3,
         gate_weight_decay: float = 5e-5,
         map_scale: MapScale = "height",
@@ -102,7 +104,8 @@ class VIBPruning(PruningCallback):
             raise MisconfigurationException(
                 "VIBPruning folds its gates at one cut: give `at_epoch`, or `when` without `max_cuts`."
             )
-        self.target = one_target("", {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds}, needed=False)
+        sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
+        self.target = one_target("", sizes, needed=False)
         self.kl_scale, self.warmup_epochs, self.threshold = kl_scale, warmup_epochs, threshold
         self.gate_lr, self.gate_weight_decay, self.map_scale, self.keep_signs = gate_lr, gate_weight_decay, map_scale, keep_signs
         self.own_optimizer: Adam | None = None
@@ -117,14 +120,9 @@ class VIBPruning(PruningCallback):
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:
-        return analysis.recipe(
-            keep_params=self.target.get("keep_params"),
-            keep_mult_adds=self.target.get("keep_mult_adds"),
-            min_width=self.min_width,
-            round_to=self.round_to,
-            include=self.include,
-            exclude=self.exclude,
-        )
+        if not self._log_alphas:
+            raise ValueError("VIBPruning goes by its gates, which it puts into the network when training starts: run `fit`.")
+        return self.limited_recipe(analysis, self.target)
 
     # ---------------------------------------------------------------- hooks, in the order in which they fire
 
@@ -133,6 +131,7 @@ class VIBPruning(PruningCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.own_optimizer = self._optimizer_state = None
+            self._log_alphas = {}
             self._hidden = hide_gates(pl_module)
 
     @override
@@ -149,6 +148,12 @@ class VIBPruning(PruningCallback):
                 "VIBPruning puts gates into the network, which the copy lacks that another callback averages the weights in. "
                 "Average the weights of the pruned network in a run of its own."
             )
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, PruningCallback) and other is not self and other.fallback is not None:
+                raise MisconfigurationException(
+                    f"`max_drop` of {type(other).__name__} may go back to a network with gates, when VIBPruning has folded them. "
+                    "Leave it out, or prune in two runs."
+                )
         held, self._hidden = self._hidden, None
         if held is not None:
             with rewrapped(trainer, pl_module), as_one():
@@ -164,10 +169,10 @@ class VIBPruning(PruningCallback):
         if not gates:
             return
         parameters = [parameter for gate in gates.values() for parameter in gate.parameters()]
-        self.own_optimizer = Adam(parameters, lr=self.gate_lr, weight_decay=self.gate_weight_decay)
+        optimizer = Adam(parameters, lr=self.gate_lr, weight_decay=self.gate_weight_decay)
         if self._optimizer_state is not None:
-            self.own_optimizer.load_state_dict(self._optimizer_state)
-        add_loss(pl_module, "vib", self._penalty)
+            optimizer.load_state_dict(self._optimizer_state)
+        self._train_gates(pl_module, optimizer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -188,21 +193,21 @@ class VIBPruning(PruningCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._end(pl_module)
+        self._leave_gates(pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end(pl_module)
+        self._leave_gates(pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         optimizer = None if self.own_optimizer is None else self.own_optimizer.state_dict()
-        return {**super().state_dict(), "gate_optimizer": optimizer}
+        return {**super().state_dict(), "gate_optimizer": optimizer, "log_alphas": dict(self._log_alphas)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._optimizer_state = state_dict["gate_optimizer"]
+        self._optimizer_state, self._log_alphas = state_dict["gate_optimizer"], dict(state_dict["log_alphas"])
 
     # ---------------------------------------------------------------- gates
 
@@ -225,25 +230,33 @@ class VIBPruning(PruningCallback):
 
     @override
     def cut_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fold the gates, then cut; if anything fails, network and gates are as they were."""
-        self._log_alphas = {
-            name: vib.log_alpha(gate.mu.detach(), gate.log_var.detach()) for name, gate in _noise(pl_module).items()
-        }
-        with (
-            rewrapped(trainer, pl_module),
-            as_one(),
-            gates_back_on_error(pl_module),
-            all_or_nothing([pl_module], []),
-        ):
-            with self.traced(trainer, pl_module) as (graph, example):
-                signs = fold_gates(pl_module, graph, example, silent_step, keep_signs=self.keep_signs)
+        """Fold the gates, then cut; if anything fails, network and gates are as they were.
+
+        Where ``max_drop`` has gone back to the folded network, the cut goes by what the gates had found.
+        """
+        gates, optimizer = _noise(pl_module), self.own_optimizer
+        if optimizer is None:
             super().cut_now(trainer, pl_module)
-        self._end(pl_module)
+            return
+        self._log_alphas = {name: vib.log_alpha(gate.mu.detach(), gate.log_var.detach()).cpu() for name, gate in gates.items()}
+        try:
+            with rewrapped(trainer, pl_module), as_one(), gates_back_on_error(pl_module), all_or_nothing([pl_module], []):
+                with self.traced(trainer, pl_module) as (graph, example):
+                    signs = fold_gates(pl_module, graph, example, silent_step, keep_signs=self.keep_signs)
+                self._leave_gates(pl_module)
+                super().cut_now(trainer, pl_module)
+        except BaseException:
+            self._train_gates(pl_module, optimizer)
+            raise
         for layer, channels in signs.items():
             fate = "keep a factor of -1 before it" if self.keep_signs else "were switched off"
             rank_zero_warn(f"A max-pool takes channels {channels} of {layer!r}, whose gates are negative: they {fate}.")
 
-    def _end(self, pl_module: LightningModule) -> None:
+    def _train_gates(self, pl_module: LightningModule, optimizer: Adam) -> None:
+        self.own_optimizer = optimizer
+        add_loss(pl_module, "vib", self._penalty)
+
+    def _leave_gates(self, pl_module: LightningModule) -> None:
         remove_loss(pl_module, "vib")
         self.own_optimizer = None
 

@@ -1,10 +1,10 @@
-"""From a network and data to a recipe: trace, gather, and ask the spectra how much is needed."""
+"""From a network and data to a recipe: trace, gather, and ask a method how much is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from functools import cache
 from itertools import chain
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
@@ -19,6 +19,8 @@ from lit_compress.compensation import readers
 from lit_compress.graph import ChannelGraph, ChannelGroup, trace
 from lit_compress.information import PIB
 from lit_compress.labels import FIXED
+from lit_compress.latency import Stopwatch, widest_within
+from lit_compress.naming import matches
 from lit_compress.plan import Plan, plan_of
 from lit_compress.rankings import Method, Ranking, Rankings
 from lit_compress.recipe import Recipe
@@ -52,6 +54,7 @@ class Analysis:
         whole: Layer to the reason why it is left whole.
         samples: Samples seen.
         mean_inputs: Layer to the mean of each of its input channels, if asked for, to compensate a cut.
+        stopwatch: What times the network as a recipe would cut it, for ``keep_latency``.
     """
 
     def __init__(
@@ -65,12 +68,13 @@ class Analysis:
         parameters: int,
         before: Plan | None,
         mean_inputs: Mapping[str, Tensor] | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.graph, self.method, self.rankings, self.whole, self.samples = graph, method, dict(rankings), dict(whole), samples
         self._batch = example_batch
         self._parameters = parameters
         self._before = before
-        self.mean_inputs = mean_inputs
+        self.mean_inputs, self.stopwatch = mean_inputs, stopwatch
 
     @property
     def spectra(self) -> dict[str, GroupSpectrum]:
@@ -84,6 +88,7 @@ class Analysis:
         keep_channels: float | None = None,
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
+        keep_latency: float | None = None,
         min_width: int = 1,
         round_to: int = 1,
         include: Sequence[str] = ("*",),
@@ -97,6 +102,9 @@ class Analysis:
             keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The largest energy (or share of
                 the channels) that meets it is searched for, with the real size of the cut network; the result is at or below.
             keep_mult_adds: The same for mult-adds.
+            keep_latency: The same for the time of a forward, measured with :attr:`stopwatch` on networks of the sizes in question
+                and on the original, in turns. Time is noisy and may rise where a network gets narrower: the search is that of
+                :func:`~lit_compress.latency.widest_within`. In a running process group, rank 0's measurements count.
             min_width: Channels that each layer keeps at least.
             round_to: Round each width up to a multiple of this, which some hardware is faster with. A target is met all the same.
             include: Patterns (``"layer1.*"``) of the layers to cut; tied layers are cut only if all of them match.
@@ -107,15 +115,17 @@ class Analysis:
 
         Raises:
             ValueError: If more than one target is given, or one that is another method's, a value is out of range, a pattern
-                matches no layer, or the target cannot be reached (the message names the smallest size that can).
+                matches no layer, the target cannot be reached (the message names the smallest size that can), or there is nothing
+                to time.
         """
-        given = {"energy": energy, "keep_channels": keep_channels, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds}
+        sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
+        given = {"energy": energy, "keep_channels": keep_channels, **sizes}
         targets = {name: value for name, value in given.items() if value is not None}
         knob = self.method.knob
         for name in targets.keys() & {"energy", "keep_channels"} - {knob}:
-            raise ValueError(f"`{name}` is no target of {self.method.name}: give `{knob}`, `keep_params` or `keep_mult_adds`.")
+            raise ValueError(f"`{name}` is no target of {self.method.name}: give {self.method.targets}.")
         if len(targets) > 1:
-            raise ValueError(f"Give at most one of `{knob}`, `keep_params` and `keep_mult_adds` but got {sorted(targets)}.")
+            raise ValueError(f"Give at most one of {self.method.targets} but got {sorted(targets)}.")
         if min_width < 1:
             raise ValueError(f"Argument `min_width` must be at least 1 but got {min_width}.")
         if round_to < 1:
@@ -167,6 +177,26 @@ class Analysis:
             low, high = (low, middle) if self._parameters_without(at(middle)) <= target else (middle, high)
         return self._recipe(at(high), f"random(keep_params={keep_params:g}, seed={seed})")
 
+    def milder(self, recipe: Recipe, share: float) -> Recipe:
+        """A recipe that removes, of the channels that another one removes, those that go first.
+
+        Args:
+            recipe: Of this analysis, or for the network that was analysed.
+            share: Share of its removed channels to remove, in [0, 1], in each group of tied channels (rounded down).
+
+        Raises:
+            ValueError: If ``share`` is out of range, or the recipe does not fit the network.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"Argument `share` must lie in [0, 1] but got {share}.")
+        removed = removed_by(self.graph, recipe)
+        chosen, widths = {}, {}
+        for name, found in self.rankings.items():
+            gone = torch.from_numpy(removed[found.group.classes])[found.order]
+            chosen[name] = replace(found, order=torch.cat([found.order[gone], found.order[~gone]]), inactive=0)
+            widths[name] = len(gone) - int(share * int(gone.sum()))
+        return self._recipe(self._removed(chosen, widths, _Limits(1, 1)), f"{share:g} of {recipe.method}")
+
     def parameters(self, recipe: Recipe | None = None) -> int:
         """Trainable parameters of the network as analysed, or as a recipe would cut it."""
         return self._parameters_without(self._marks(recipe))
@@ -184,7 +214,7 @@ class Analysis:
             return self.parameters() if size == "parameters" else self.mult_adds()
         shapes = {**self.graph.shapes, **self._before.shapes}
         if size == "mult_adds":
-            return sum(use.positions * prod(shapes[use.weight]) for use in self.graph.uses) // self._batch
+            return self.graph.mult_adds(shapes) // self._batch
         grown = [prod(shape) - prod(self.graph.shapes[name]) for name, shape in self._before.shapes.items()
                  if name in self.graph.trainable]  # fmt: skip
         return self._parameters + sum(grown)
@@ -220,10 +250,18 @@ class Analysis:
         }
         return LayerTable(method=recipe.method, rows=tuple(rows), sizes=sizes)
 
+    def kept(self, recipe: Recipe) -> dict[str, int]:
+        """How many channels a recipe keeps of each group in ``rankings``."""
+        kept = {}
+        for name, found in self.rankings.items():
+            position = found.group.members[found.group.name]
+            stays = list(recipe.keep.get(found.group.name, range(len(position))))
+            kept[name] = int((position[stays] != FIXED).sum())
+        return kept
+
     def figures(self, recipe: Recipe) -> dict[str, Figure]:
         """Pictures of what the method found and of where a recipe cuts, by name."""
-        kept = {name: _kept(found.group, recipe) for name, found in self.rankings.items()}
-        return self.method.figures(self.rankings, kept)
+        return self.method.figures(self.rankings, self.kept(recipe))
 
     def _note(self, layer: str) -> str:
         tied = [
@@ -277,29 +315,51 @@ class Analysis:
         """The largest value of the method's own target whose cut network is at most the share of the original one."""
         if not 0 < share < 1:
             raise ValueError(f"Argument `{name}` must lie in (0, 1) but got {share}.")
-        what = "parameters" if name == "keep_params" else "mult_adds"
-        size = self._parameters_without if name == "keep_params" else self._mult_adds_without
-        original = self.original("parameters" if name == "keep_params" else "mult_adds")
         steps = self.method.steps(chosen)
 
+        @cache
         def at(step: int) -> Marks:
             return self._removed(chosen, self.method.widths(chosen, steps[step]), limits)
 
-        smallest = size(at(0))
-        if smallest > share * original:
+        find = self._widest_in_time if name == "keep_latency" else self._widest_of_size
+        step, smallest = find(name, share, len(steps), at)
+        if step is None:
             rounded = f" and `round_to={limits.round_to}`" if limits.round_to > 1 else ""
             raise ValueError(
                 f"`{name}={share:g}` cannot be reached: with `min_width={limits.min_width}`{rounded} the smallest network has "
-                f"{smallest / original:.4f} of the original's {original} {what}. Raise `{name}`, or leave fewer layers out."
+                f"{smallest}. Raise `{name}`, or leave fewer layers out."
             )
-        low, high = 0, len(steps) - 1  # the recipe at `low` meets the target
+        return self._recipe(at(step), self.method.describe(f"{name}={share:g}"))
+
+    def _widest_of_size(self, name: str, share: float, steps: int, at: Callable[[int], Marks]) -> tuple[int | None, str]:
+        """The last step within a size, which grows along the path, and what the first one has."""
+        what: Literal["parameters", "mult_adds"] = "parameters" if name == "keep_params" else "mult_adds"
+        size = self._parameters_without if name == "keep_params" else self._mult_adds_without
+        original = self.original(what)
+        smallest = size(at(0))
+        low, high = 0, steps - 1  # the recipe at `low` meets the target, if any does
         while low < high:
             middle = (low + high + 1) // 2
             if size(at(middle)) <= share * original:
                 low = middle
             else:
                 high = middle - 1
-        return self._recipe(at(low), self.method.describe(f"{name}={share:g}"))
+        reached = smallest <= share * original
+        return low if reached else None, f"{smallest / original:.4f} of the original's {original} {what}"
+
+    def _widest_in_time(self, name: str, share: float, steps: int, at: Callable[[int], Marks]) -> tuple[int | None, str]:
+        """The widest step that was measured to be within a time, and what the fastest one took."""
+        stopwatch = self.stopwatch
+        if stopwatch is None:
+            raise ValueError(f"`{name}` needs something to time: `analyze(..., stopwatch=Stopwatch(model, batch))`.")
+
+        def ratio(step: int) -> float:
+            plan = make_plan(self.graph, self._recipe(at(step), name))
+            return ranks.share(stopwatch.compare(plan).ratio if ranks.rank() == 0 else 0.0)[0]
+
+        with ranks.as_one():
+            step, fastest = widest_within(steps, lambda step: at(step).tobytes(), ratio, share)
+        return step, f"{fastest:.4f} of the original's latency at batch size {stopwatch.batch_size}"
 
     def _marks(self, recipe: Recipe | None) -> Marks:
         return self.graph.mark() if recipe is None else removed_by(self.graph, recipe)
@@ -325,6 +385,7 @@ def analyze(
     progress: Progress | None = None,
     skips: Literal["share", "pad"] = "share",
     compensate: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> Analysis:
     """Find out how many channels each layer of a network needs on some data, changing nothing.
 
@@ -350,6 +411,8 @@ def analyze(
             width of the skip.
         compensate: Also gather the mean input of each layer, so that ``cut(..., mean_inputs=analysis.mean_inputs)`` can
             fold what the removed channels gave on average into biases.
+        stopwatch: What times the network for ``analysis.recipe(keep_latency=...)``. By default one on the first batch of
+            ``loader``, or none if ``example_inputs`` are given.
 
     Returns:
         The analysis.
@@ -377,6 +440,7 @@ def analyze(
         if example_inputs is None:  # all ranks trace with the same samples, where the loader allows it
             first, whole = _peek(whole)
             example = to_device(first_samples(first), device)
+            stopwatch = stopwatch or Stopwatch(model, to_device(first, device), forward_fn=run_batch)
             graph = trace(model, lambda: run_batch(model, example), pad_back=pad_back)
         else:
             example = to_device(example_inputs, device)
@@ -408,6 +472,7 @@ def analyze(
         parameters=count_parameters(model),
         before=plan_of(model),
         mean_inputs={name: mean.compute() for name, mean in means.items()} if compensate else None,
+        stopwatch=stopwatch,
     )
 
 
@@ -433,20 +498,8 @@ def _run_first(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _kept(group: ChannelGroup, recipe: Recipe) -> int:
-    """Channels of a group that a recipe keeps."""
-    position = group.members[group.name]
-    stays = list(recipe.keep.get(group.name, range(len(position))))
-    return int((position[stays] != FIXED).sum())
-
-
 def wanted(group: ChannelGroup, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether patterns let a group of tied layers be cut: all of them must be included, and none excluded."""
     return all(any(matches(member, pattern) for pattern in include) for member in group.members) and not any(
         matches(member, pattern) for pattern in exclude for member in group.members
     )
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern such as ``"layer1.*"`` matches a layer's name; a name matches itself, whatever characters it holds."""
-    return name == pattern or fnmatchcase(name, pattern)

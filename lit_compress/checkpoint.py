@@ -6,25 +6,29 @@ so far, relative to the network as its constructor builds it. Applied to a fresh
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_compress.gates import make_room, sites_to_dicts
+from lit_compress.migration import Migration, migrated
 from lit_compress.naming import relocation
 from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.slicing import all_tensors
-from lit_compress.surgery import under_names_of
+from lit_compress.surgery import ForwardFn, call, cut, under_names_of
 
 KEY = "lit_compress"
-FORMAT = 1
+FORMAT = 2
+_MIGRATIONS: dict[int, Migration] = {1: lambda entry: {**entry, "gates": []}}  # before there were gates
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -41,42 +45,46 @@ def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
     Raises:
         ValueError: If a later version of this package wrote it.
     """
-    entry = _entry(checkpoint)
-    return None if entry is None or entry["plan"] is None else Plan.from_dict(entry["plan"])
+    return _held(checkpoint)[0]
 
 
-def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    entry: Mapping[str, Any] | None = checkpoint.get(KEY)
-    if entry is not None and entry.get("format") != FORMAT:
-        raise ValueError(
-            f"The checkpoint was written in format {entry.get('format')} but this version of lit-compress reads format {FORMAT}; "
-            "upgrade lit-compress."
-        )
-    return entry
+def _held(checkpoint: Mapping[str, Any]) -> tuple[Plan | None, list[dict[str, Any]]]:
+    """The plan that a checkpoint holds, and where the gates of its network are."""
+    entry = checkpoint.get(KEY)
+    if entry is None:
+        return None, []
+    entry = migrated(entry, FORMAT, _MIGRATIONS, "checkpoint")
+    return None if entry["plan"] is None else Plan.from_dict(entry["plan"]), entry["gates"]
 
 
 def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Cut a network, in place, to the sizes of a checkpoint, and give it its gates, before the weights are loaded.
 
     Args:
-        model: The network as its constructor builds it; nothing happens if it was cut to the same plan already.
+        model: The network as its constructor builds it, or one that was cut to a part of the checkpoint's plan already (by a
+            recipe that each run starts from).
         checkpoint: A Lightning checkpoint.
 
     Raises:
         ValueError: If the network was cut in another way, or is not the one that the checkpoint was made from.
     """
-    entry, plan, present = _entry(checkpoint), read_plan(checkpoint), plan_of(model)
+    (plan, gates), present = _held(checkpoint), plan_of(model)
     if present == plan:
-        make_room(model, [] if entry is None else entry.get("gates", []))
+        make_room(model, gates)
         return
     if present is not None:
-        held = "an uncut network" if plan is None else f"one cut by {plan.recipe.method}"
-        raise ValueError(
-            f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network anew "
-            "and load into that."
-        )
-    if plan is not None and entry is not None:
-        make_room(model, entry.get("gates", []))
+        rest = None if plan is None else _rest(plan, present)
+        if plan is None or rest is None:
+            held = "an uncut network" if plan is None else f"one cut by {plan.recipe.method}"
+            raise ValueError(
+                f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network "
+                "anew and load into that."
+            )
+        make_room(model, gates)
+        rest.cut_module(model)
+        note_plan(model, plan)
+    elif plan is not None:
+        make_room(model, gates)
         _cut_to(model, plan)
 
 
@@ -114,7 +122,7 @@ def load_pruned(
         >>> torch.equal(small(x), again(x))
         True
     """
-    content = _read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    content = read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
     weights: Mapping[str, Tensor] = content.get("state_dict", content)
     model: Any = _build(model_or_class, content, init) if isinstance(model_or_class, type) else model_or_class
     if recipe is not None and KEY not in content:
@@ -136,6 +144,97 @@ def load_pruned(
     return loaded
 
 
+def shrink_checkpoint(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    recipe: Recipe,
+    example_inputs: Any,
+    *,
+    optimizers: Sequence[Optimizer] = (),
+    forward_fn: ForwardFn = call,
+) -> dict[str, Any]:
+    """Cut the network of a checkpoint, and all in the checkpoint that goes with it: training can go on from the result.
+
+    Cut are weights, optimizer states and the weight averages of Lightning's callbacks. The ranking of ``ModelCheckpoint`` and the
+    best of ``EarlyStopping`` begin anew, as after a cut in a running Trainer.
+
+    Args:
+        model: The module as its constructor builds it. Its weights become those of the checkpoint, cut.
+        checkpoint: Content of a Lightning checkpoint, possibly of a network that was cut before. It is not changed.
+        recipe: The channels to keep, relative to the network in the checkpoint.
+        example_inputs: As for :func:`~lit_compress.cut`.
+        optimizers: Over the parameters of ``model``, as the run had them. They follow as well.
+        forward_fn: As for :func:`~lit_compress.cut`.
+
+    Returns:
+        The content of the smaller checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is not one of ``model``, the recipe does not fit, the cut is not exact, an optimizer's state
+            cannot follow, there are not as many optimizers as in the checkpoint, or its gates are still being trained.
+    """
+    if any(site["kind"] == "noise" for site in _held(checkpoint)[1]):
+        raise ValueError(
+            "The checkpoint holds gates that are still being trained, and are not to be cut by another recipe. Let VIBPruning "
+            "fold them first."
+        )
+    states = checkpoint.get("optimizer_states", [])
+    if len(states) != len(optimizers):
+        raise ValueError(
+            f"The checkpoint holds the states of {len(states)} optimizer(s), but {len(optimizers)} came: give those of the run, "
+            "made from the parameters of `model`."
+        )
+    load_pruned(model, checkpoint)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(copy.deepcopy(state))
+    plan = cut(model, recipe, example_inputs, forward_fn=forward_fn)
+    for optimizer in optimizers:
+        plan.apply_to(optimizer)
+
+    def cut_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copied = dict(weights)
+        plan.apply_to(copied)
+        return copied
+
+    smaller = dict(checkpoint)
+    for key in {"state_dict", "current_model_state"} & smaller.keys():  # the second beside an average in the first
+        smaller[key] = cut_weights(smaller[key])
+    if states:
+        smaller["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
+    smaller["callbacks"] = {name: _after_a_cut(name, state, cut_weights) for name, state in smaller.get("callbacks", {}).items()}
+    write_plan(model, smaller)
+    return smaller
+
+
+def _after_a_cut(name: str, state: Any, cut_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Any:
+    """The state of one of Lightning's callbacks in a checkpoint after a cut; its name says how it is configured."""
+    worst = torch.tensor(-torch.inf if "'mode': 'max'" in name else torch.inf)
+    if name.startswith("EarlyStopping"):
+        return {**state, "best_score": worst, "wait_count": 0}
+    if name.startswith("ModelCheckpoint") and state.get("monitor") is not None:
+        best: dict[str, Any] = {"best_model_score": None, "best_model_path": "", "best_k_models": {}, "kth_best_model_path": ""}
+        return {**state, **best, "kth_value": worst}
+    if isinstance(state, Mapping) and state.get("average_model_state") is not None:
+        return {**state, "average_model_state": cut_weights(state["average_model_state"])}
+    return state
+
+
+def _rest(plan: Plan, done: Plan) -> Plan | None:
+    """What a plan removes beyond another one; None if it keeps something that the other has removed."""
+    keep: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, dims in done.keep.items():
+        if any(not set(plan.keep.get(name, {}).get(dim, (-1,))).issubset(indices) for dim, indices in dims.items()):
+            return None
+    for name, dims in plan.keep.items():
+        for dim, indices in dims.items():
+            left = done.keep.get(name, {}).get(dim, range(plan.shapes[name][dim]))
+            if len(left) > len(indices):
+                place = {index: position for position, index in enumerate(left)}
+                keep.setdefault(name, {})[dim] = tuple(place[index] for index in indices)
+    shapes = {name: done.shape_after(name, plan.shapes[name]) for name in keep}
+    return Plan(recipe=plan.recipe, keep=keep, shapes=shapes, pads=plan.pads)
+
+
 def _cut_to(model: nn.Module, plan: Plan) -> None:
     change = relocation(plan.keep, all_tensors(model))
     if change is None:
@@ -146,7 +245,12 @@ def _cut_to(model: nn.Module, plan: Plan) -> None:
     note_plan(model, plan)
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def read(path: str | Path) -> Mapping[str, Any]:
+    """The content of a checkpoint on disk, on the CPU.
+
+    Raises:
+        ValueError: If the file holds more than tensors and builtin types.
+    """
     try:
         content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_compress.graph import ChannelGraph
 from lit_compress.plan import Plan
 from lit_compress.skips import Vector
-from lit_compress.slicing import all_tensors, set_data
+from lit_compress.slicing import all_tensors
 
 
 def readers(graph: ChannelGraph) -> dict[str, int]:
@@ -40,40 +40,37 @@ def _name_of(graph: ChannelGraph, weight: str) -> str:
     return next(layer.name for layer in graph.layers.values() if layer.weight == weight)
 
 
-def compensate(model: nn.Module, graph: ChannelGraph, plan: Plan, mean_inputs: Mapping[str, Tensor]) -> list[str]:
-    """Add to each reader's bias what the channels that a plan removes give on average. To be done before the cut.
+def compensated(
+    model: nn.Module, graph: ChannelGraph, plan: Plan, mean_inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What each reader's bias is with what the channels that a plan removes give on average. Nothing is changed.
 
     A layer without bias that a batch norm follows directly has it taken off the norm's running mean instead, which is the same in
     evaluation.
 
     Args:
-        model: The network, not yet cut; changed in place.
+        model: The network, not yet cut.
         graph: Its graph.
         plan: The cut that is going to be made.
         mean_inputs: Layer name to the mean of each input channel, over samples and positions.
 
     Returns:
-        Layers that read removed channels and have nowhere to put the mean, or whose mean input is not known; they are left as
-        they are.
+        Name of a bias or running mean to its new value, of its size before the cut; and the layers that read removed channels
+        and have nowhere to put the mean, or whose mean input is not known.
     """
-    tensors, known, without = all_tensors(model), readers(graph), []
+    tensors, known = all_tensors(model), readers(graph)
+    values: dict[str, Tensor] = {}
+    without: list[str] = []
     read = {use.weight: kept for use in graph.uses if (kept := plan.keep.get(use.weight, {}).get(use.in_dim)) is not None}
     for weight, kept in read.items():
-        name = _name_of(graph, weight)
-        if name not in known or name not in mean_inputs:
+        name, bias, norm = _name_of(graph, weight), f"{weight.removesuffix('weight')}bias", graph.norms.get(weight)
+        place = bias if bias in tensors else norm
+        if name not in known or name not in mean_inputs or place is None:
             without.append(name)
             continue
         removed: Vector = np.delete(np.arange(graph.shapes[weight][1]), kept)
-        kernel = (
-            tensors[weight].detach().double().flatten(2).sum(2) if tensors[weight].ndim > 2 else tensors[weight].detach().double()
-        )
-        given = kernel[:, removed] @ mean_inputs[name].to(kernel)[removed]
-        bias = tensors.get(f"{weight.removesuffix('weight')}bias")
-        norm = tensors.get(graph.norms.get(weight, ""))
-        if bias is not None:
-            set_data(bias, bias.data + given.to(bias))
-        elif norm is not None:
-            set_data(norm, norm.data - given.to(norm))
-        else:
-            without.append(name)
-    return without
+        kernel = tensors[weight].detach().double()
+        given = kernel.flatten(2).sum(2) if kernel.ndim > 2 else kernel
+        shift = given[:, removed] @ mean_inputs[name].to(kernel)[removed]
+        values[place] = tensors[place].detach() + (shift if place == bias else -shift).to(tensors[place])
+    return values, without

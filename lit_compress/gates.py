@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lit_compress import rng
+from lit_compress import compiled, rng
 from lit_compress.graph import ChannelGraph, evaluating
 from lit_compress.layers import VIBGate
 from lit_compress.layers.vib_gate import MapScale
@@ -166,6 +166,7 @@ def put_gates(model: nn.Module, sites: Iterable[Site]) -> Gates:
 
 def _attach(model: nn.Module, held: Gates) -> None:
     places = {site: model.get_submodule(site.module) for site in held.sites}
+    compiled.forget()  # compiled code runs the hooks that there were
     for site, gate in held.by_site().items():
         applied, place = _Applied(gate, site.position), places[site]
         # Before the hooks of others, who see what the network goes on with.
@@ -178,6 +179,7 @@ def _attach(model: nn.Module, held: Gates) -> None:
 
 def remove_gates(model: nn.Module) -> None:
     """Take all gates out of a network, hidden ones too; what they did is gone."""
+    compiled.forget()
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for number, hook in list(hooks.items()):
@@ -355,7 +357,10 @@ def _outputs(
     layers = [name for name, layer in graph.layers.items() if layer.own and name and name in modules]
     handles = [modules[name].register_forward_hook(listen(name)) for name in layers]
     try:
-        with rng.isolated(), evaluating(model), torch.inference_mode(False), torch.no_grad(), substituted(model, exchanged):
+        with (
+            rng.isolated(), compiled.eagerly(), evaluating(model), torch.inference_mode(False), torch.no_grad(),
+            substituted(model, exchanged),
+        ):  # fmt: skip
             torch.manual_seed(0)
             found = forward_fn(model, tree_map(precise, inputs))
     finally:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from lit_compress import rng
+from lit_compress.compiled import eagerly
 from lit_compress.labels import FIXED
 from lit_compress.operations import LabelMode
 from lit_compress.skips import ActivationPoint, Marks, PadPoint, SumPoint, Vector
@@ -135,6 +137,10 @@ class ChannelGraph:
             shape[dim] -= int(marks[classes].sum())
         return tuple(shape)
 
+    def mult_adds(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Mult-adds of the batch that was traced, if the weights had these shapes."""
+        return sum(use.positions * prod(shapes[use.weight]) for use in self.uses)
+
     @cached_property
     def _classes(self) -> int:
         found = [classes for dims in self.tensors.values() for classes in dims.values()]
@@ -201,7 +207,7 @@ def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Lit
     if pad_back == "identity":
         pad_back = {point.block for point in trace(model, forward).sums if point.block is not None}
     mode = LabelMode(model, pad_back)
-    with evaluating(model), rng.isolated(), mode.following():
+    with evaluating(model), rng.isolated(), eagerly(), mode.following():
         try:
             outputs = forward()
         except Exception as error:

@@ -1,8 +1,9 @@
-"""The same layer under the name that another network gives it."""
+"""Names of layers: under a pattern, and as another network gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 
@@ -44,3 +45,8 @@ def relocation(names: Collection[str], present: Collection[str]) -> Relocation |
         if all(name.startswith(prefix) for name in names) and there.issuperset(name.removeprefix(prefix) for name in names):
             found.add(Relocation("", prefix))
     return found.pop() if len(found) == 1 else None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern such as ``"layer1.*"`` matches a layer's name; a name matches itself, whatever characters it holds."""
+    return name == pattern or fnmatchcase(name, pattern)

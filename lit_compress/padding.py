@@ -47,7 +47,7 @@ class PaddedBack(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output ``(N, K, ...)``, scattered to ``(N, W, ...)``."""
         output: Tensor = super().forward(*args, **kwargs)
-        return output.new_zeros(len(output), self.padded_width, *output.shape[2:]).index_copy(1, self.slots, output)
+        return output.new_zeros(output.shape[0], self.padded_width, *output.shape[2:]).index_copy(1, self.slots, output)
 
     @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,8 +101,10 @@ def pad_back(module: nn.Module, slots: Tensor, width: int) -> None:
     vars(module).update(slots=slots, padded_width=width)
 
 
-def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> Callable[[], None]:
+def pad_modules(model: nn.Module, pads: Mapping[str, Pad | None]) -> Callable[[], None]:
     """Pad back the modules at some paths of a network, all of them or, if one cannot be, none.
+
+    None makes a module what it was before it was ever padded.
 
     Returns:
         What puts them back to what they were.
@@ -121,18 +123,31 @@ def pad_modules(model: nn.Module, pads: Mapping[str, Pad]) -> Callable[[], None]
 
     try:
         for path, module in modules.items():
+            if (pad := pads[path]) is None:
+                module.__class__ = type(module).__bases__[1] if isinstance(module, PaddedBack) else type(module)
+                continue
             held = (*module.parameters(), *module.buffers(), *model.parameters())  # a dropout, say, holds nothing
             device = next((tensor.device for tensor in held), torch.device("cpu"))
-            pad_back(module, torch.tensor(pads[path].slots, device=device), pads[path].width)
+            pad_back(module, torch.tensor(pad.slots, device=device), pad.width)
     except BaseException:
         undo()
         raise
     return undo
 
 
+def repad(model: nn.Module, pads: Mapping[str, Pad]) -> None:
+    """Pad back the modules at these paths of a network, and no others."""
+    for path, module in model.named_modules():
+        if isinstance(module, PaddedBack) and path not in pads:
+            module.__class__ = type(module).__bases__[1]
+            for name in _OWN:
+                vars(module).pop(name)
+    pad_modules(model, pads)
+
+
 @contextmanager
-def padded_for_now(model: nn.Module, pads: Mapping[str, Pad]) -> Iterator[None]:
-    """Pad back some modules for as long as the context lasts."""
+def padded_for_now(model: nn.Module, pads: Mapping[str, Pad | None]) -> Iterator[None]:
+    """Pad back some modules, or leave them unpadded, for as long as the context lasts."""
     undo = pad_modules(model, pads)
     try:
         yield

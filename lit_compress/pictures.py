@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lit_compress.history import SizeHistory, share
+
 # Colour-blind safe (Okabe and Ito).
-_BEFORE, _AFTER = "#999999", "#0072B2"
+_BEFORE, _AFTER, _OTHER = "#999999", "#0072B2", "#D55E00"
 
 
 def plot_spectra(spectra: Mapping[str, Tensor], kept: Mapping[str, int] | None = None) -> Figure:
@@ -84,6 +86,51 @@ def plot_widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     axes.set_ylabel("output channels")
     axes.legend(fontsize="small")
     axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def plot_history(history: SizeHistory, epochs: int) -> Figure:
+    """How the size of a network, and the width of each layer, went over a run; a dashed line marks each cut.
+
+    Args:
+        history: The run's sizes.
+        epochs: Epochs of the run so far.
+
+    Returns:
+        Above, the shares of parameters and mult-adds that are left; below, a row a layer in the order of the forward, from dark
+        (all channels) to light (none), with its channels at the start and at the end.
+    """
+    start, end = history.moments[0].sizes, history.moments[-1].sizes
+    last = max(epochs, history.moments[-1].epoch + 1)
+    edges = [*(moment.epoch for moment in history.moments), last]
+    layers = list(dict.fromkeys(layer for moment in history.moments for layer in moment.sizes.widths))
+    figure = Figure(figsize=(8, 3.2 + 0.18 * len(layers)), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.8 + 0.18 * len(layers)])
+
+    for name, colour, style, sizes, whole in (
+        ("parameters", _AFTER, "-", [moment.sizes.parameters for moment in history.moments], start.parameters),
+        ("mult-adds", _OTHER, "--", [moment.sizes.mult_adds for moment in history.moments], start.mult_adds),
+    ):
+        shares = [share(size, whole) for size in sizes]
+        above.step(edges, [*shares, shares[-1]], style, where="post", color=colour, label=f"{name}: {whole:,} to {sizes[-1]:,}")
+    above.set(ylabel="share left", ylim=(0, 1.05))
+    above.grid(alpha=0.3)
+    above.legend(fontsize="x-small", loc="lower left")
+
+    # A layer that was put in later has no width before, and one that was taken out none after.
+    widest = {layer: max(moment.sizes.widths.get(layer, 0) for moment in history.moments) for layer in layers}
+    kept = [[share(moment.sizes.widths.get(layer, 0), widest[layer]) for moment in history.moments] for layer in layers]
+    colours = below.pcolormesh(edges, np.arange(len(layers) + 1), np.array(kept), cmap="Blues", vmin=0, vmax=1)
+    names = [f"{layer}  {start.widths.get(layer, 0)} to {end.widths.get(layer, 0)}" for layer in layers]
+    below.set_yticks(np.arange(len(layers)) + 0.5, names, fontsize="x-small")
+    below.invert_yaxis()
+    below.set(xlabel="epoch", xlim=(edges[0], last))
+    figure.colorbar(colours, ax=below, label="share of channels", fraction=0.05)
+
+    for moment in history.cuts:
+        for axes in (above, below):
+            axes.axvline(moment.epoch, color="black", linestyle=":", linewidth=1)
+        above.text(moment.epoch, 1.06, moment.cut, fontsize="x-small", rotation=20)
     return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -12,12 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lit_compress.migration import Migration, migrated
 from lit_compress.naming import relocation
+from lit_compress.optimizer_state import prepared
 from lit_compress.padding import Pad, pad_modules
 from lit_compress.recipe import Recipe
 from lit_compress.slicing import all_tensors, cut_tensors
 
-FORMAT = 1
+FORMAT = 2
+# Format that a file may have -> its plan in the next format.
+_MIGRATIONS: Mapping[int, Migration] = {1: lambda data: {"transient": [], "pads": {}, **data}}  # blocks were not padded back yet
 Dims: TypeAlias = Mapping[int, tuple[int, ...]]
 _ATTRIBUTE = "lit_compress_plan"
 
@@ -103,10 +106,26 @@ class Plan:
         taken = tensor.detach()
         for dim, indices in dims.items():
             taken = taken.index_select(dim, torch.tensor(indices, device=tensor.device))
-        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-        if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
-            taken = taken.contiguous(memory_format=channels_last)
-        return taken
+        return _laid_out_as(tensor, taken)
+
+    def widened(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the size that ``name`` had before the cut, from what the cut has left of it.
+
+        In place of each channel that is gone stands a copy of one that is left.
+
+        Raises:
+            ValueError: If the tensor does not have the shape that the cut gave to ``name``.
+        """
+        if tuple(tensor.shape) != self.shape_after(name):
+            raise ValueError(
+                f"Tensor {name!r} should have shape {self.shape_after(name)} after the cut but has {tuple(tensor.shape)}."
+            )
+        wide = tensor.detach()
+        for dim, indices in self.keep[name].items():
+            kept = torch.tensor(indices)
+            places = torch.bucketize(torch.arange(self.shapes[name][dim]), kept).clamp(max=len(kept) - 1)
+            wide = wide.index_select(dim, places.to(tensor.device))
+        return _laid_out_as(tensor, wide)
 
     @staticmethod
     def _refuse_other(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -162,32 +181,7 @@ class Plan:
             raise ValueError(
                 "This plan knows no parameters, only names; bind it to the network that was cut: plan.bound_to(model)."
             )
-        new: list[tuple[dict[str, Any], str, Tensor]] = []
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            name = self._names.get(parameter)
-            if name not in self.keep:
-                continue
-            state = optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                if not isinstance(value, Tensor) or value.numel() == 1 != prod(self.shapes[name]):
-                    continue
-                if tuple(value.shape) != self.shapes[name]:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for parameter {name!r} of shape "
-                        f"{self.shapes[name]}; only state of the parameter's own shape can follow a cut. "
-                        "Cut before training starts."
-                    )
-                new.append((state, key, self.take(name, value)))
-            if isinstance(optimizer, torch.optim.LBFGS) and any(optimizer.state.values()):
-                raise ValueError(
-                    "LBFGS keeps a history of all parameters in one row, which cannot follow a cut. Cut before training starts."
-                )
-
-        def follow() -> None:
-            for state, key, value in new:
-                state[key] = value
-
-        return follow
+        return prepared(self, optimizer, self._names)
 
     def _fitted(self, names: Collection[str], what: str) -> Plan:
         """This plan under the names that the target uses."""
@@ -216,11 +210,7 @@ class Plan:
         Raises:
             ValueError: If the format is from the future, or a field is missing.
         """
-        if data.get("format") != FORMAT:
-            raise ValueError(
-                f"The plan has format {data.get('format')} but this version of lit-compress reads format {FORMAT}; "
-                "upgrade lit-compress."
-            )
+        data = migrated(data, FORMAT, _MIGRATIONS, "plan")
         if missing := sorted({"recipe", "keep", "shapes", "transient", "pads"} - set(data)):
             raise ValueError(f"Expected a plan but {missing} are missing.")
         keep = {name: {int(dim): tuple(indices) for dim, indices in dims.items()} for name, dims in data["keep"].items()}
@@ -228,6 +218,14 @@ class Plan:
         pads = {path: Pad(pad["width"], tuple(pad["slots"])) for path, pad in data["pads"].items()}
         recipe, transient = Recipe.from_dict(data["recipe"]), tuple(data["transient"])
         return cls(recipe=recipe, keep=keep, shapes=shapes, transient=transient, pads=pads)
+
+
+def _laid_out_as(tensor: Tensor, result: Tensor) -> Tensor:
+    """A result in the memory format of the tensor that it was made from."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
+        return result.contiguous(memory_format=channels_last)
+    return result
 
 
 def plan_of(model: nn.Module) -> Plan | None:

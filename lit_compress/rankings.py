@@ -66,6 +66,11 @@ class Method(ABC):
     knob: ClassVar[str]
     options: str = ""
 
+    @property
+    def targets(self) -> str:
+        """What a recipe can be asked for, as an error names it."""
+        return f"`{self.knob}`, `keep_params`, `keep_mult_adds` or `keep_latency`"
+
     def describe(self, target: str = "") -> str:
         """What chose the channels, for a recipe, so that a reader can redo it."""
         return f"{self.name}({', '.join(filter(None, (self.options, target)))})"

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lit_compress.migration import migrated
+
 FORMAT = 1
 
 
@@ -140,11 +142,7 @@ class Recipe:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("keep"), Mapping):
             raise ValueError("Expected a recipe with a field `keep` (layer name to kept channels) but got something else.")
-        if data.get("format", FORMAT) != FORMAT:
-            raise ValueError(
-                f"The recipe has format {data['format']} but this version of lit-compress reads format {FORMAT}; "
-                "upgrade lit-compress."
-            )
+        migrated({"format": FORMAT, **data}, FORMAT, {}, "recipe")  # one written by hand may say no format
         fields = {name: data.get(name, {}) for name in ("original", "padded")}
         return cls(keep=data["keep"], method=data.get("method", "by hand"), **fields)
 

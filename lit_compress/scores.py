@@ -85,7 +85,7 @@ class ScoreMethod(Method):
     def own_widths(self, rankings: Rankings) -> tuple[dict[str, int], str]:
         widths = {name: found.width for name, found in rankings.items() if found.width is not None}
         if len(widths) < len(rankings):
-            raise ValueError(f"{self.name} needs a target: give `{self.knob}`, `keep_params` or `keep_mult_adds`.")
+            raise ValueError(f"{self.name} needs a target: give {self.targets}.")
         return widths, ""
 
     @override

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_compress import rng
+from lit_compress.compiled import eagerly
 from lit_compress.graph import ChannelGraph, evaluating
 from lit_compress.padding import padded_for_now
 from lit_compress.plan import Plan
@@ -132,6 +133,7 @@ class SelfCheck:
             stack.enter_context(rng.isolated())
             stack.enter_context(evaluating(self._model))
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(eagerly())
             stack.enter_context(torch.no_grad())
             stack.enter_context(substituted(self._model, self._values(silenced)))
             if silenced:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_compress import compiled
+from lit_compress.layers import RankFactorizedLinear, ShuffleLinear
+
 # The attributes of a module that repeat what its tensors' shapes say.
 _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
     (
@@ -22,12 +25,27 @@ _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
     (nn.Linear, lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]}),
     (nn.modules.batchnorm._NormBase, lambda m: _norm_sizes(m)),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
+    (
+        RankFactorizedLinear,
+        lambda m: {"in_features": m.first.shape[1], "rank": m.first.shape[0], "out_features": m.second.shape[0]},
+    ),
+    (
+        ShuffleLinear,
+        lambda m: {
+            "in_features": m.contract.shape[1] * m.groups,
+            "bottleneck": m.contract.shape[0],
+            "out_features": m.expand.shape[0],
+        },
+    ),
 )
+_DEPTHWISE = "_lit_compress_depthwise"
 
 
 def _convolution_sizes(conv: nn.modules.conv._ConvNd) -> dict[str, int]:
-    out_channels = conv.weight.shape[0]
-    groups = out_channels if conv.groups == conv.in_channels == conv.out_channels else conv.groups
+    out_channels, groups = conv.weight.shape[0], conv.groups
+    if groups == conv.in_channels == conv.out_channels and (groups > 1 or _DEPTHWISE in vars(conv)):
+        vars(conv)[_DEPTHWISE] = True  # cut to one channel it looks like any other, and it may be widened again
+        groups = out_channels
     return {"out_channels": out_channels, "in_channels": conv.weight.shape[1] * groups, "groups": groups}
 
 
@@ -94,6 +112,7 @@ def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, 
         raise ValueError(f"{type(model).__name__} lacks {missing[:3]}, which the plan cuts; it is another network.")
     once = {id(tensors[name]): name for name in keep}
     torch.clear_autocast_cache()  # it holds casts of the old weights
+    compiled.forget()
     with torch.inference_mode(False), torch.no_grad():
         data = {name: take(name, tensors[name].data) for name in once.values()}
         grads = {name: take(name, grad) for name in once.values() if (grad := tensors[name].grad) is not None}
@@ -110,6 +129,30 @@ def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, 
     except BaseException:
         undo()
         raise
+
+
+def fill_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers copies of values, of other sizes possibly, and the modules the sizes to note; no gradients.
+
+    Args:
+        model: The network, changed in place.
+        values: Name of a tensor to its value.
+    """
+    compiled.forget()
+    torch.clear_autocast_cache()
+    tensors = all_tensors(model)
+    undo = _Undo()
+    filled: set[int] = set()
+    with torch.inference_mode(False), torch.no_grad():
+        for name, value in values.items():
+            tensor = tensors[name]
+            if id(tensor) in filled:  # tied
+                continue
+            filled.add(id(tensor))
+            tensor.grad = None
+            set_data(tensor, value.detach().to(tensor.device, copy=True))
+    for path in sorted({_owner(name) for name in values}):
+        _note_sizes(model.get_submodule(path), undo)
 
 
 def _owner(name: str) -> str:

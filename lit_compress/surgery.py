@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
-from lit_compress.compensation import compensate
+from lit_compress.compensation import compensated
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.labels import FIXED
 from lit_compress.naming import relocation
@@ -19,7 +19,7 @@ from lit_compress.plan import Plan, note_plan, plan_of
 from lit_compress.recipe import Recipe
 from lit_compress.selfcheck import SelfCheck
 from lit_compress.skips import Marks
-from lit_compress.slicing import all_tensors
+from lit_compress.slicing import all_tensors, set_data
 
 # How to run the network on inputs as it is used; returns what leaves it.
 ForwardFn: TypeAlias = Callable[[nn.Module, Any], Any]
@@ -84,13 +84,18 @@ def cut(
         SelfCheck(model, graph, plan, forward_fn, example_inputs).compare()
     before = plan_of(model)
     composed = plan if before is None else before.then(plan)
-    if mean_inputs is not None and (without := compensate(model, graph, plan, mean_inputs)):
+    values, without = ({}, []) if mean_inputs is None else compensated(model, graph, plan, mean_inputs)
+    if without:
         warnings.warn(
             f"Layers {_listed(without)} read removed channels but have no bias to fold their mean into, and no norm that takes "
             "their output alone: there, nothing is compensated.",
             stacklevel=2,
         )
+    left = {name: plan.take(name, value) for name, value in values.items()}
     plan.cut_module(model)
+    tensors = all_tensors(model)
+    for name, value in left.items():
+        set_data(tensors[name], value)
     note_plan(model, composed)
     return plan
 

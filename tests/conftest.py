@@ -79,3 +79,23 @@ def data_dir() -> Callable[[str], Path]:
         return Path(place)
 
     return find
+
+
+@pytest.fixture
+def offline_wandb(tmp_path, monkeypatch):
+    """Runs of Weights & Biases stay in `tmp_path`. Called with their `save_dir`, it ends them and reads the only one's files."""
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    import wandb
+
+    from tests.wandb_runs import OfflineRun
+
+    def read(save_dir="."):
+        wandb.finish()
+        wandb.teardown()  # waits for the process that writes the files; `finish` alone returns before they are complete
+        return OfflineRun(tmp_path / save_dir)
+
+    yield read
+    wandb.teardown()

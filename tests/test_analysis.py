@@ -43,13 +43,13 @@ IMAGES = digits(0, 120).tensors[0]
 made = {}
 
 
-def analysed(name):
+def analysed(name, skips="share"):
     """Network and analysis, made once."""
-    if name not in made:
+    if (name, skips) not in made:
         torch.manual_seed(0)
         network = randomized(NETWORKS[name](), seed=1)
-        made[name] = network, analyze(network, [IMAGES])
-    return made[name]
+        made[name, skips] = network, analyze(network, [IMAGES], skips=skips)
+    return made[name, skips]
 
 
 def really_cut(network, recipe, example=IMAGES[:1]):
@@ -64,14 +64,15 @@ SIZES = {
 }
 
 
-def ladder(name, target):
+def ladder(name, target, skips="share", **limits):
     """Every size that the energy path has, counted on networks that were really cut, ascending."""
-    if (name, target) not in made:
-        network, analysis = analysed(name)
+    key = (name, target, skips, *limits.items())
+    if key not in made:
+        network, analysis = analysed(name, skips)
         energies = {1.0}.union(*(found.spectrum.cumsum(0).clamp(max=1).tolist() for found in analysis.spectra.values()))
-        recipes = {str(sorted(recipe.keep.items())): recipe for e in energies for recipe in [analysis.recipe(energy=e)]}
-        made[name, target] = sorted(SIZES[target](really_cut(network, recipe)) for recipe in recipes.values())
-    return made[name, target]
+        recipes = {str(sorted(recipe.keep.items())): recipe for e in energies for recipe in [analysis.recipe(energy=e, **limits)]}
+        made[key] = sorted(SIZES[target](really_cut(network, recipe)) for recipe in recipes.values())
+    return made[key]
 
 
 # ---------------------------------------------------------------- targets
@@ -93,6 +94,28 @@ def test_a_target_is_the_widest_step_of_the_energy_path_at_or_below_it(name, tar
     recipe = analysis.recipe(**{target: share})
     assert SIZES[target](really_cut(network, recipe)) == allowed[-1]
     assert recipe.method == f"pfa({target}={share:g})"
+
+
+@pytest.mark.parametrize("target", SIZES)
+@pytest.mark.parametrize(("name", "skips"), [*((name, "share") for name in NETWORKS), ("option A", "pad")])
+@settings(max_examples=15)
+@given(share=st.floats(0.02, 0.98), multiple=st.sampled_from([2, 3, 8]), least=st.sampled_from([1, 3]))
+def test_rounded_to_any_multiple_a_target_is_met_as_closely_as_the_path_allows(name, skips, target, share, multiple, least):
+    network, analysis = analysed(name, skips)
+    limits = {"round_to": multiple, "min_width": least}
+    sizes, whole = ladder(name, target, skips, **limits), SIZES[target](network)
+    allowed = [size for size in sizes if size <= share * whole]
+    if not allowed:
+        with pytest.raises(ValueError, match=re.escape(f"smallest network has {sizes[0] / whole:.4f} of the original's {whole}")):
+            analysis.recipe(**{target: share}, **limits)
+        return
+    recipe = analysis.recipe(**{target: share}, **limits)
+    assert SIZES[target](really_cut(network, recipe)) == allowed[-1] <= share * whole
+    if skips == "share":  # a padded block keeps no more than its skip has left it
+        for layer, found in analysis.spectra.items():  # a layer that a zero-padded skip ties in parts has each part rounded
+            position = found.group.members[found.group.name]
+            kept = sum(position[list(recipe.keep.get(found.group.name, range(len(position))))] >= 0)
+            assert kept % multiple == 0 or kept == len(found.order), layer
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -237,7 +260,9 @@ def test_refuses_senseless_requests(options, text):
 def test_refuses_an_unknown_method_and_the_targets_of_others():
     with pytest.raises(ValueError, match=r"one of \['magnitude', 'pfa', 'pib', 'slimming'\] or a Method but got 'none'"):
         analyze(chain(), [IMAGES], method="none")
-    with pytest.raises(ValueError, match="`keep_channels` is no target of pfa: give `energy`, `keep_params` or `keep_mult_adds`"):
+    with pytest.raises(
+        ValueError, match="`keep_channels` is no target of pfa: give `energy`, `keep_params`, `keep_mult_adds` or"
+    ):
         analyze(chain(), [IMAGES]).recipe(keep_channels=0.5)
     with pytest.raises(ValueError, match="`energy` is no target of magnitude: give `keep_channels`"):
         analyze(chain(), [IMAGES], method="magnitude").recipe(energy=0.5)
@@ -543,3 +568,40 @@ def test_a_recipe_by_hand_can_be_previewed():
     with pytest.raises(ValueError, match="cannot be removed: they are the output of the network"):
         analysis.preview(Recipe(keep={"head": (0, 3)}))
     assert count_parameters(network) == analysis.parameters(), "a preview cuts nothing"
+
+
+# ---------------------------------------------------------------- milder recipes
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=20)
+@given(share=st.floats(0, 1), energy=st.floats(0.3, 0.99))
+def test_a_milder_recipe_removes_the_first_of_what_the_other_removes(name, share, energy):
+    _, analysis = analysed(name)
+    recipe = analysis.recipe(energy=energy)
+    milder = analysis.milder(recipe, share)
+    kept = {layer: set(channels) for layer, channels in recipe.keep.items()}
+    for layer, found in analysis.graph.layers.items():
+        whole = set(range(len(found.classes)))
+        removed, more = whole - set(milder.keep.get(layer, whole)), whole - kept.get(layer, whole)
+        assert removed <= more
+    for group in analysis.spectra.values():
+        position = group.group.members[group.group.name]
+        order = [int(np.flatnonzero(position == one)[0]) for one in group.order.tolist() if one in position]
+        layer = group.group.name
+        before = [c for c in order if c not in recipe.keep.get(layer, range(len(position)))]
+        after = [c for c in order if c not in milder.keep.get(layer, range(len(position)))]
+        assert after == before[: len(after)]
+        if len(analysis.spectra) == len(analysis.graph.groups()):
+            assert len(after) == int(share * len(before))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_whole_of_a_recipe_is_the_recipe_and_nothing_of_it_is_no_cut(name):
+    _, analysis = analysed(name)
+    for recipe in (analysis.recipe(energy=0.8), analysis.random_recipe(keep_params=0.5, seed=3)):
+        assert analysis.milder(recipe, 1).keep == recipe.keep
+        assert not analysis.milder(recipe, 0).keep
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="`share` must lie"):
+            analysis.milder(recipe, share)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -70,6 +71,33 @@ def test_analyze_says_what_a_cut_would_do_and_changes_nothing(run, tmp_path, cap
         assert f" {width} " in row
     assert Path(checkpoint).read_bytes() == before
     assert {path.name for path in (tmp_path / "what").iterdir()} == {"recipe.json", "layers.txt", "spectra.png", "widths.png"}
+
+
+def test_shrink_cuts_a_file_that_training_goes_on_from(run, tmp_path, capsys):
+    source, out = checkpoint_of(run), tmp_path / "deep" / "small.ckpt"
+    recipe = tmp_path / "again.json"
+    layer, width = next(iter(Recipe.load(run / "lit_compress" / "recipe.json").widths.items()))
+    kept = width // 2
+    Recipe(keep={layer: range(kept)}).save(recipe)
+    given = ["shrink", "--config", str(DIGITS), "--ckpt", source, "--recipe", str(recipe), "--out", str(out)]
+    main([*given, "--data.train_size", "256"])
+    assert "% of all numbers in the weights" in capsys.readouterr().out
+    assert len(torch.load(out, weights_only=True)["state_dict"][f"{layer}.weight"]) == kept
+    main(["fit", "--config", str(DIGITS), *SMALL, "--trainer.max_epochs", "3", "--ckpt_path", str(out)])
+    with pytest.raises(SystemExit, match="1"):
+        main(given)
+    assert "exists; give another file" in capsys.readouterr().err
+
+
+def test_export_writes_checks_and_times(run, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    main(["export", "--config", str(DIGITS), "--ckpt", checkpoint_of(run), "--out", str(out), "--verify", "--batch_size", "3"])
+    shown = capsys.readouterr().out
+    assert "Compared with the network and written to" in shown
+    for row in ("before any cut", "the checkpoint's", "model.onnx"):
+        assert row in shown
+    session = onnxruntime.InferenceSession(str(out))
+    assert session.run(None, {session.get_inputs()[0].name: torch.rand(4, 1, 8, 8).numpy()})[0].shape == (4, 10)
 
 
 @pytest.mark.parametrize(

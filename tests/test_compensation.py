@@ -1,6 +1,7 @@
 """Compensation: what removed channels gave on average goes into the biases of the layers that read them."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_compress import Recipe, analyze, cut, load_pruned
 from lit_compress.callbacks import PFAPruning
-from lit_compress.compensation import compensate, readers
+from lit_compress.compensation import compensated, readers
 from lit_compress.graph import trace
+from lit_compress.plan import plan_of
 from lit_compress.statistics.mean import StreamingMean
 from lit_compress.surgery import plan_for
 
@@ -142,9 +144,47 @@ def test_nothing_moves_when_nothing_is_removed():
     before = copy.deepcopy(model.state_dict())
     analysis = analyze(model, [x], compensate=True)
     plan = plan_for(model, analysis.graph, Recipe(keep={"a": range(6)}))
-    assert compensate(model, analysis.graph, plan, analysis.mean_inputs) == []
+    assert compensated(model, analysis.graph, plan, analysis.mean_inputs) == ({}, [])
     cut(model, Recipe(keep={"a": range(6)}), x, mean_inputs=analysis.mean_inputs)
     assert same(dict(before), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("fails", ["warning", "cut"])
+def test_a_cut_that_fails_has_compensated_nothing(fails, monkeypatch):
+    build, x = EXACT["linear"] if fails == "cut" else (NOWHERE["no bias, no norm"], images())
+    model = built(build)
+    before, sizes = copy.deepcopy(model.state_dict()), repr(model)
+    means = analyze(model, [x], compensate=True).mean_inputs
+    if fails == "cut":
+        monkeypatch.setattr("lit_compress.slicing._note_sizes", lambda *args: 1 / 0)
+    warnings.simplefilter("error", UserWarning)  # as pytest leaves a test, it puts the filters back
+    with pytest.raises((UserWarning, ZeroDivisionError)):
+        cut(model, Recipe(keep={"a": KEPT}), x[:2], mean_inputs=means, verify=False)
+    assert same(dict(before), dict(model.state_dict()))
+    assert repr(model) == sizes
+    assert plan_of(model) is None
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution with bias"])
+def test_a_layer_called_by_keyword_is_compensated_as_any_other(name):
+    build, x = EXACT[name]
+    plain, model = built(build), built(build)
+    run = model.function
+    model.function = lambda m, x: run(Keywords(m), x)
+    expected, found = (analyze(network, x.split(16), compensate=True).mean_inputs for network in (plain, model))
+    assert "b" in found
+    assert same(expected, found)
+
+
+class Keywords:
+    """A network whose layer `b` is called as ``b(input=...)``."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        layer = getattr(self._model, name)
+        return (lambda x: layer(input=x)) if name == "b" else layer
 
 
 def test_only_the_readers_of_removed_channels_move():
@@ -153,9 +193,13 @@ def test_only_the_readers_of_removed_channels_move():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     analysis = analyze(model, [x], compensate=True)
     plan = plan_for(model, analysis.graph, Recipe(keep={"a": KEPT}))
+    values, without = compensated(model, analysis.graph, plan, analysis.mean_inputs)
+    assert (values.keys(), without) == ({"n.running_mean"}, [])
+    assert not torch.equal(values["n.running_mean"], before["n.running_mean"])
+    assert same(before, dict(model.state_dict()))  # to be put there after the cut, which may fail
     parameters = dict(model.named_parameters())
-    assert compensate(model, analysis.graph, plan, analysis.mean_inputs) == []
-    assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {"n.running_mean"}
+    cut_a(model, x, mean_inputs=analysis.mean_inputs)
+    assert torch.equal(model.n.running_mean, values["n.running_mean"])
     assert dict(model.named_parameters()) == parameters  # the same objects
 
 
@@ -189,7 +233,7 @@ def test_layers_with_nowhere_to_put_the_mean_are_reported_and_left_alone(name):
     analysis = analyze(model, [x], compensate=True)
     plan = plan_for(model, analysis.graph, Recipe(keep={"a": KEPT}))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert compensate(model, analysis.graph, plan, analysis.mean_inputs) == ["b"]
+    assert compensated(model, analysis.graph, plan, analysis.mean_inputs) == ({}, ["b"])
     assert same(before, dict(model.state_dict()))
     with pytest.warns(UserWarning, match="Layers 'b' read removed channels but have no bias"):
         cut_a(model, x, mean_inputs=analysis.mean_inputs)

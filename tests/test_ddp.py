@@ -2,11 +2,14 @@
 
 import contextlib
 import copy
+import csv
 import multiprocessing
 import os
 import queue
 import socket
+import time
 import traceback
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +19,23 @@ from pytorch_lightning import Callback, LightningModule, seed_everything
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, WeightedRandomSampler
 
-from lit_compress import ranks
-from lit_compress.callbacks import PFAPruning, PIBPruning, SlimmingPruning, VIBPruning, pruning
+from lit_compress import Stopwatch, count_parameters, ranks
+from lit_compress.callbacks import (
+    CompressionMonitor,
+    CRSWeightDecay,
+    PFAPruning,
+    PIBPruning,
+    SlimmingPruning,
+    VIBPruning,
+    pruning,
+)
 from lit_compress.gates import gates_of
+from lit_compress.layers import RankFactorizedLinear
 from lit_compress.selection import pib
 from lit_compress.statistics import StreamingEntropies, StreamingMean, gather_covariances
 from lit_compress.statistics.gather import in_order
@@ -312,6 +326,86 @@ def test_after_the_cut_every_rank_takes_the_step_of_the_averaged_gradient(proces
         torch.testing.assert_close(end[name], value.data, rtol=1e-3, atol=1e-4)
 
 
+def halved(state, bucket):
+    """A communication hook: sums the gradients of all ranks in half their size and twice their number."""
+    parts = bucket.buffer().double() / ranks.world_size()
+    future = torch.distributed.all_reduce(parts, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0].float())
+
+
+def test_a_communication_hook_is_there_again_after_the_cut(processes, tmp_path):
+    (widths, start, mine, end, _), (_, _, theirs, _, _) = processes(2)(train_on, tmp_path, 16, 2, 200, {"ddp_comm_hook": halved})
+    ours = by_hand(start, [mine, theirs], widths, len(mine))
+    for name, value in ours.named_parameters():
+        torch.testing.assert_close(end[name], value.data, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_compressed_to_half_precision_survive_a_cut_on_cuda(tmp_path):
+    strategy = DDPStrategy(process_group_backend="nccl", ddp_comm_hook=fp16_compress_hook)
+    callback, model = PFAPruning(at_epoch=1, energy=0.9), Plain()
+    trainer = new_trainer(tmp_path, callback, strategy=strategy, accelerator="gpu", devices=1, max_epochs=2)
+    trainer.fit(model, DataLoader(digits(0, 100), 16), val_loader())
+    assert callback.reports[0].recipe.widths["net.0"] == len(model.net[0].weight) < 12
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+class Sleepy(Theirs):
+    """Takes a millisecond for each channel of its first layer."""
+
+    def forward(self, images):
+        time.sleep(0.001 * len(self.body[0].weight))
+        return super().forward(images)
+
+
+def cut_to_a_latency(folder, options):
+    """As :func:`cut_at_once`, and how many networks this rank has timed against the original."""
+    timed, compare = [], Stopwatch.compare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stopwatch, "compare", lambda self, plan: timed.append(plan) or compare(self, plan))
+        patch.setattr("lit_compress.callbacks.steps.Stopwatch", partial(Stopwatch, seconds=0.02))
+        try:
+            return *cut_at_once(folder, options, module=Sleepy), len(timed)
+        except ValueError as error:
+            return str(error)
+
+
+def test_one_rank_times_for_all(processes, tmp_path):
+    found = processes(2)(cut_to_a_latency, tmp_path, {"keep_latency": 0.6, "include": ["body.0"]})
+    assert found[0][0] == found[1][0]
+    # Of 12 channels 0.6 are 7.2; the rest of a step takes a millisecond or several.
+    assert 4 <= len(found[0][0]["keep"]["body.0"]) <= 7
+    assert same(only_weights_that_ranks_share(found[0][3]), only_weights_that_ranks_share(found[1][3]))
+    assert found[0][4] > 5
+    assert found[1][4] == 0
+
+
+def test_a_latency_out_of_reach_is_so_for_all(processes, tmp_path):
+    found = processes(2)(cut_to_a_latency, tmp_path, {"keep_latency": 0.2, "include": ["body.0"], "min_width": 6})
+    assert "`keep_latency=0.2` cannot be reached: with `min_width=6` the smallest network has 0." in found[0]
+    assert found[1] == found[0]
+
+
+class Sharded(Plain):
+    """Its optimizer's state is divided among the ranks."""
+
+    def configure_optimizers(self):
+        return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=torch.optim.Adam, lr=0.01)
+
+
+def fit_sharded(folder):
+    trainer = ddp_trainer(folder, PFAPruning(at_epoch=1, energy=0.9), max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="ZeroRedundancyOptimizer keeps on each rank the state of some") as caught:
+        trainer.fit(Sharded(), DataLoader(digits(0, 100), 25), val_loader())
+    return trainer.global_step, str(caught.value)
+
+
+def test_an_optimizer_divided_among_the_ranks_is_refused_at_the_start(processes, tmp_path):
+    for steps, said in processes(2)(fit_sharded, tmp_path):
+        assert steps == 0
+        assert "Use the optimizer that it wraps" in said
+
+
 # ---------------------------------------------------------------- failures
 
 
@@ -470,6 +564,31 @@ def test_a_failure_is_told_once_however_deep_it_happens(processes):
     other = "OtherRankError: Rank {} failed: KeyError: 'mine'"
     mine = "ValueError: said better"
     assert processes(2)(_nested_failures) == [[mine, other.format(1), [0, 1]], [other.format(0), mine, [0, 1]]]
+
+
+# ---------------------------------------------------------------- watching
+
+
+def watched(folder):
+    """Steps and values that rank 0 has logged are in the file; what each rank knows of its network is returned."""
+    watch, model = CompressionMonitor(spectra_every_n_epochs=2), Plain()
+    options = {"max_epochs": 3, "logger": CSVLogger(folder, flush_logs_every_n_steps=1)}
+    callbacks = watch, PFAPruning(at_epoch=1, energy=0.9, evaluate=False)
+    ddp_trainer(folder, *callbacks, **options).fit(model, DataLoader(digits(0, 96), 16, shuffle=True), val_loader())
+    return watch.history.state_dict(), count_parameters(model), watch.history.moments[-1].sizes.parameters
+
+
+def test_all_ranks_see_one_history_and_the_first_logs_it(processes, tmp_path):
+    one, other = processes(2)(watched, tmp_path)
+    assert one == other
+    history, parameters, seen = one
+    assert seen == parameters < count_parameters(Plain())
+    assert [(moment["epoch"], moment["step"]) for moment in history["moments"]] == [(0, 0), (1, 3)]
+    (file,) = tmp_path.rglob("metrics.csv")
+    with open(file, encoding="utf-8", newline="") as content:
+        told = [(int(row["step"]), int(row["compress/cuts"])) for row in csv.DictReader(content) if row["compress/cuts"]]
+    assert told == [(0, 0), (3, 0), (3, 1), (6, 1), (9, 1)]
+    assert {path.name for path in file.parent.rglob("*.png")} >= {"history.png", "epoch_1_spectra.png"}
 
 
 # ---------------------------------------------------------------- resuming
@@ -672,3 +791,30 @@ def test_entropies_of_two_ranks_are_those_of_one(processes):
     expected = torch.stack([pib.entropies(q).noise, pib.entropies(q).marginal, pib.entropies(q, "exact").marginal])
     for found in processes(2)(_entropies_of_a_share):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------- weight decay of compressed layers
+
+
+class Factorized(Small):
+    def __init__(self):
+        super().__init__()
+        self.net[2] = RankFactorizedLinear(16, 16, rank=2)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, weight_decay=0.5)
+
+
+def scaled_decay(folder):
+    seed_everything(0, verbose=False)
+    module = Factorized()
+    trainer = ddp_trainer(folder, CRSWeightDecay(), max_epochs=2)
+    trainer.fit(module, small_loaders()[0])
+    groups = [(group["weight_decay"], len(group["params"])) for group in trainer.optimizers[0].param_groups]
+    return groups, weights(module)
+
+
+def test_all_ranks_scale_the_decay_alike(processes, tmp_path):
+    (groups, one), (others, other) = processes(2)(scaled_decay, tmp_path)
+    assert groups == others == [(0.5, 5), (0.5 * 2 * 32 / 256, 2)]
+    assert same(one, other)

@@ -103,26 +103,22 @@ def test_tensorboard_gets_every_figure_and_the_pictures(tmp_path):
     check_folder(tmp_path / "lightning_logs" / "version_0" / "lit_compress", pruning)
 
 
-def test_weights_and_biases_gets_every_figure_and_the_pictures(tmp_path, monkeypatch):
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    import wandb
-
+def test_weights_and_biases_gets_every_figure_the_pictures_and_the_table(tmp_path, offline_wandb):
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="tests")
     module, trainer, pruning = pruned(tmp_path, logger=logger)
-    summary = dict(logger.experiment.summary)
-    wandb.finish()
-    told = {name for name in summary if name.startswith("compress/")}
-    assert told - {"compress/spectra", "compress/widths"} == AT_THE_CUT | AT_THE_END
-    check_values(summary, module, trainer, pruning)
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    pictures = sorted(path.name for path in (run / "files" / "media" / "images" / "compress").glob("*.png"))
-    assert [name.split("_")[0] for name in pictures] == ["spectra", "spectra", "widths", "widths"]
-    (log,) = run.glob("*.wandb")
-    content = log.read_bytes()
-    assert all(name.encode() in content for name in AT_THE_CUT | AT_THE_END)
+    run = offline_wandb()
+    told = {name for name in run.summary if name.startswith("compress/")}
+    assert told == AT_THE_CUT | AT_THE_END | {"compress/spectra", "compress/widths", "compress/layers"}
+    check_values(run.summary, module, trainer, pruning)
+    for name in ("compress/spectra", "compress/widths"):
+        pictures = [run.media / file for value in run.logged(name) for file in value["filenames"]]
+        assert len(pictures) == 2
+        assert all(Image.open(picture).size[0] > 200 for picture in pictures)
+    for report, value in zip(pruning.reports, run.logged("compress/layers"), strict=True):
+        columns, rows = run.table(value)
+        assert columns == ["layer", "channels", "channels kept", "weights", "weights kept", "note"]
+        assert [row[0] for row in rows] == list(WIDTHS)
+        assert {row[0]: row[2] for row in rows} == {"head": 10} | report.recipe.widths
     check_folder(tmp_path / "lit_compress", pruning)
 
 

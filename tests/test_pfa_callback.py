@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_cut_is_refused(run, tmp_path):
 
 def test_a_later_format_is_refused_by_name(run, tmp_path):
     content = torch.load(run.last, weights_only=True)
-    content["lit_compress"]["format"] = 2
+    content["lit_compress"]["format"] = 9
     torch.save(content, tmp_path / "later.ckpt")
     for load in (
         lambda: load_pruned(Theirs, tmp_path / "later.ckpt"),
@@ -474,7 +474,7 @@ def test_refuses_at_the_start_of_a_fit(options, trainer_options, text, tmp_path,
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_refuses_strategies_that_shard_the_parameters(name):
     trainer = SimpleNamespace(strategy=type(name, (), {})(), world_size=1, global_step=0, max_epochs=4, fast_dev_run=False)
-    with pytest.raises(MisconfigurationException, match=f"{name} shards the parameters.* `configure_model`"):
+    with pytest.raises(MisconfigurationException, match=f"{name} shards the parameters.* `ApplyRecipe`"):
         PFAPruning().setup(trainer, Small(), "fit")
     PFAPruning().setup(trainer, Small(), "test")
 

@@ -163,7 +163,7 @@ def test_nonsense_fields_are_refused(fields, said):
         ("[1, 2]", "Expected a recipe with a field `keep`"),
         ('{"method": "x"}', "Expected a recipe with a field `keep`"),
         ('{"keep": [0]}', "Expected a recipe with a field `keep`"),
-        ('{"format": 2, "keep": {}}', "has format 2 but this version of lit-compress reads format 1; upgrade"),
+        ('{"format": 2, "keep": {}}', "has format 2 but this version of lit-compress reads formats up to 1; upgrade"),
         ('{"keep": {"a": [0, 1]}, "original": {"a": 1}}', "'a' has 1 channels but would keep channel 1"),
     ],
 )

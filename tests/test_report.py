@@ -4,9 +4,12 @@ import pytest
 import torch
 from networks import Net, conv
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from lit_compress import Recipe, count_mult_adds, count_parameters, cut
+from lit_compress import Recipe, cost_table, count_mult_adds, count_parameters, cut
 from lit_compress.graph import trace
+from lit_compress.layers import ACDCLinear, HashedLinear, RankFactorizedLinear, TensorTrainLinear
 from lit_compress.models import VGGCIFAR, LeNet5, LeNet300100, ResNetCIFAR, SimpleCNN
 from lit_compress.report import Latency, LayerRow, LayerTable, measure_latency
 
@@ -142,3 +145,50 @@ def test_a_table_says_every_number_and_reads_no_markup():
     assert "[red]" in text
     assert "[bold]whole[/bold]" in text
     assert str(Latency(1.0, 0.5, 2.0)) == "1.00 ms (0.50-2.00)"
+
+
+def test_costs_belong_to_the_innermost_module_and_add_up():
+    inner = Net(lambda m, x: F.linear(m.a(x), m.a.weight.T), a=nn.Linear(3, 2))
+    model = Net(lambda m, x: m.inner(m.inner(x)) @ x.T, inner=inner)
+    table = cost_table(model, torch.zeros(4, 3))
+    # The outer product is 4 × 3 × 4; inside, the layer and its transpose run twice on 4 samples of 3 · 2.
+    assert [(row.name, row.mult_adds) for row in table.rows] == [("", 48), ("inner", 48), ("inner.a", 48)]
+    assert table.mult_adds == count_mult_adds(model, torch.zeros(4, 3)) == 144
+    assert table.parameters == count_parameters(model) == 8
+
+
+def test_what_runs_outside_of_the_networks_forward_counts():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))
+    table = cost_table(model, torch.zeros(1, 3), forward_fn=lambda net, x: net[0](x) @ net[1].weight.T)
+    assert [(row.name, row.mult_adds) for row in table.rows] == [("", 10), ("0", 6), ("1", 0)]
+
+
+def test_a_compressed_layer_counts_as_it_runs_or_as_printed():
+    x = torch.zeros(2, 64)
+    for layer, runs, printed in (
+        (RankFactorizedLinear(64, 32, rank=4), 4 * 96, 4 * 96),
+        (RankFactorizedLinear(64, 32, rank=32), 64 * 32, 32 * 96),
+        (HashedLinear(64, 32, weights=9), 64 * 32, 64 * 32),
+        (ACDCLinear(64, 64, layers=2), 64 * 64, 2 * (4 * 64 + 5 * 64 * 6)),
+    ):
+        assert count_mult_adds(nn.Sequential(layer), x) == 2 * runs
+        # Both samples add a bias to each output.
+        assert count_mult_adds(nn.Sequential(layer), x, count_relu=True) == 2 * printed + 2 * layer.out_features
+        assert cost_table(nn.Sequential(layer), x).parameters == count_parameters(layer)
+
+
+def test_a_tensor_train_counts_what_its_factors_multiply():
+    layer = TensorTrainLinear(64, 64, rank_scale=0.25)
+    layer.path = "factorized"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.zeros(5, 64))
+    # Of three cores, one stands before and one after: none are multiplied together first.
+    assert counter.get_total_flops() == 2 * layer.count_mult_adds(torch.zeros(5, 64), torch.zeros(5, 64))
+
+
+def test_a_cost_table_says_every_number():
+    text = str(cost_table(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 5, 5)))
+    assert "Conv2d" in text
+    assert "1, 4, 3, 3" in text
+    assert "972" in text
+    assert "112" in text

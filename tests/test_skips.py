@@ -748,11 +748,11 @@ def test_a_padded_cut_that_fails_in_the_trainer_leaves_no_trace(tmp_path):
             assert classes == [type(module) for module in pl_module.modules()]
             return None
 
-        def _measure(self, *args):
+        def _validate(self, *args):
             self.measured += 1
             if self.measured == 4:
                 raise RuntimeError("after the cut")
-            return super()._measure(*args)
+            return super()._validate(*args)
 
     seed_everything(1, verbose=False)
     data = TensorDataset(x := images(96, 8, seed=5), x.mean((2, 3)).argmax(1))

@@ -1,17 +1,28 @@
 """The documents' networks. A forward holds no channel count, so that channels can be cut out of any of them."""
 
+from lit_compress.models.darts import DARTS, DARTSOutput, DropPath
 from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
+from lit_compress.models.resnet_imagenet import ResNet18Half, resnet34
 from lit_compress.models.simple_cnn import SimpleCNN
 from lit_compress.models.vgg import VGGCIFAR
+from lit_compress.models.wide_resnet import PreActBlock, WideResNet, wide_resnet50_2
 
 __all__ = [
+    "DARTS",
     "MLP",
     "VGGCIFAR",
+    "DARTSOutput",
+    "DropPath",
     "LeNet5",
     "LeNet300100",
+    "PreActBlock",
+    "ResNet18Half",
     "ResNetCIFAR",
     "ResidualBlock",
     "SimpleCNN",
+    "WideResNet",
     "ZeroPadShortcut",
+    "resnet34",
+    "wide_resnet50_2",
 ]

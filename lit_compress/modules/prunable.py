@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_compress.checkpoint import rebuild, write_plan
+from lit_compress.callbacks.companions import rebuild_module
+from lit_compress.checkpoint import write_plan
 
 
 class PrunableMixin:
@@ -22,7 +23,7 @@ class PrunableMixin:
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Cut the module to the sizes of the checkpoint before its weights load."""
-        rebuild(self, checkpoint)  # type: ignore[arg-type]  # a mixin into modules
+        rebuild_module(self, checkpoint)  # type: ignore[arg-type]  # a mixin into modules
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 from torchmetrics import Metric
 
 from lit_compress import ranks, rng
+from lit_compress.compiled import eagerly
 from lit_compress.graph import evaluating
 from lit_compress.padding import PaddedBack
 from lit_compress.skips import Tap
@@ -122,6 +124,7 @@ def gather(
     seen = 0
     with ranks.as_one(), ExitStack() as stack:
         stack.enter_context(rng.isolated())
+        stack.enter_context(eagerly())
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         watches = [_Watch(model, what.tap, partial(respond, name), what.dim) for name, what in watched.items()]
@@ -172,7 +175,9 @@ class _Watch:
         self.handle = (
             module.register_forward_hook(lambda module, inputs, output: self._look(_own_channels(module, output)))
             if tap.side == "output"
-            else module.register_forward_pre_hook(lambda module, inputs: self._look(inputs[tap.position]))
+            else module.register_forward_pre_hook(
+                lambda module, inputs, named: self._look(_input(module, inputs, named, tap.position)), with_kwargs=True
+            )
         )
 
     def _look(self, value: Tensor) -> None:
@@ -180,6 +185,11 @@ class _Watch:
             dim = self._dim if self._dim is not None else -1 if self._channels_last else 1
             self._see(value.movedim(dim, 1) if value.ndim > 2 else value)
         self.calls += 1
+
+
+def _input(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], position: int) -> Any:
+    """One of a module's inputs, by its position in the signature of `forward`, however it was given."""
+    return inputs[position] if position < len(inputs) else inspect.signature(module.forward).bind(*inputs, **named).args[position]
 
 
 def _own_channels(module: nn.Module, output: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""Every size that the document's tables print, as an exact integer where the released code gave one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from lit_compress import count_mult_adds, count_parameters, substitute_linear
+from lit_compress.models import DARTS, ResNet18Half, WideResNet, resnet34, wide_resnet50_2
+
+REFERENCE = Path(__file__).parent / "reference"
+TABLE_4_3 = json.loads((REFERENCE / "moonshine_counts.json").read_text())["table_4_3_cifar10"]
+TABLE_5_1 = json.loads((REFERENCE / "compressed_counts.json").read_text())["wrn_50_2"]
+LARGE_IMAGE = torch.zeros(1, 3, 224, 224, device="meta")
+IMAGE = torch.zeros(1, 3, 32, 32, device="meta")
+
+
+@pytest.fixture(autouse=True)
+def _without_data():
+    """Networks without numbers are made and counted in no time."""
+    with torch.device("meta"):
+        yield
+
+
+def row_name(row):
+    return f"{row['depth']}-{row['width']} {row['label']}"
+
+
+@pytest.mark.parametrize("row", TABLE_4_3, ids=row_name)
+def test_table_4_3(row):
+    network = WideResNet(row["depth"], row["width"], num_classes=10, block=row["label"].removesuffix(" (teacher)"))
+    parameters, with_relu = count_parameters(network), count_mult_adds(network, IMAGE, count_relu=True)
+    assert parameters == row["params"]
+    assert count_mult_adds(network, IMAGE) == row["true_conv_linear_macs_hook"]
+    # The released counter leaves the dilation of S-2x2 out of the size of its output; the document's figure has the true size.
+    printed = 146_720_000 + 704_522 if row["label"] == "S-2x2" else row["moonshine_count_ops"]
+    assert with_relu == printed
+    # 814,650 is printed as 814.7 K: a half goes up.
+    assert parameters / 1e3 == pytest.approx(row["thesis_params_K"], abs=0.0500001)
+    assert with_relu / 1e6 == pytest.approx(row["thesis_madds_M"], abs=0.0500001)
+
+
+@pytest.mark.parametrize("row", TABLE_4_3, ids=row_name)
+def test_table_4_3_with_100_classes(row):
+    """The classifier has 90 rows more of 64 k weights and a bias."""
+    network = WideResNet(row["depth"], row["width"], num_classes=100, block=row["label"].removesuffix(" (teacher)"))
+    features = 64 * row["width"]
+    assert count_parameters(network) == row["params"] + 90 * (features + 1)
+    assert count_mult_adds(network, IMAGE) == row["true_conv_linear_macs_hook"] + 90 * features
+
+
+def test_there_are_26_rows():
+    assert len(TABLE_4_3) == 26
+
+
+# Printed: parameters, and mult-adds with ReLUs.
+TABLE_4_4 = {
+    "Res34": (resnet34, "21.8M", "3.669G"),
+    "Res18": (torchvision.models.resnet18, "11.7M", "1.818G"),
+    "Res34-G(4)": (lambda: resnet34("G(4)"), "8.1M", "1.395G"),
+    "Res18-0.5": (ResNet18Half, "3.2M", "909M"),
+    "Res34-G(N)": (lambda: resnet34("G(N)"), "3.1M", "559M"),
+}
+
+
+@pytest.mark.parametrize(("build", "parameters", "mult_adds"), TABLE_4_4.values(), ids=TABLE_4_4)
+def test_table_4_4(build, parameters, mult_adds):
+    network = build()
+    counted = count_mult_adds(network, LARGE_IMAGE, count_relu=True)
+    assert f"{count_parameters(network) / 1e6:.1f}M" == parameters
+    assert mult_adds in (f"{counted / 1e9:.3f}G", f"{counted / 1e6:.0f}M")
+
+
+def test_wrn_50_2_is_the_released_one():
+    (row,) = (row for row in TABLE_5_1 if row["conv"] == "Conv")
+    network = wide_resnet50_2()
+    assert count_parameters(network) == row["params"]
+    assert count_mult_adds(network, LARGE_IMAGE, count_relu=True) == row["mult_adds_counter"]
+
+
+KINDS = {
+    "Generic": ("rank_factorized", {}),
+    "SepHashed": ("hashed", {"legacy": True}),
+    "TensorTrain": ("tensor_train", {}),
+    "Tucker": ("tucker", {"core": "tt"}),
+    "Shuffle": ("shuffle", {}),
+}
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE_5_1 if "_" in row["conv"]], ids=lambda row: row["conv"])
+def test_table_5_1(row):
+    name, setting = row["conv"].split("_")
+    kind, options = KINDS[name]
+    network = substitute_linear(wide_resnet50_2(), kind, setting=float(setting), **options)
+    assert count_parameters(network) == row["params"]
+    assert count_mult_adds(network, LARGE_IMAGE, count_relu=True) == row["mult_adds_counter"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "options", "parameters", "mult_adds"),
+    [
+        # Without the dense classifier, 2,049,000; with 2048 · 250 / 2 + 250 + 250 · 1000 / 2 weights and 1000 biases.
+        ("shuffle", 7, {}, 6_041_960 - 2_049_000 + 382_250, 912_881_384 - 2_049_000 + 382_250),
+        # With int(.08 · 2048 · 1000) weights and 1000 biases; the mult-adds are those of a dense layer.
+        ("hashed", 0.08, {"legacy": True}, 4_350_027 - 2_049_000 + 164_840, 4_860_992_488),
+    ],
+)
+def test_table_5_1_with_the_classifier(kind, setting, options, parameters, mult_adds):
+    """Printed are 4.38 M and 0.91 G, 2.47 M and 4.87 G. The last is .01 above the rule that gives every other row."""
+    network = substitute_linear(wide_resnet50_2(), kind, setting=setting, last=True, **options)
+    assert count_parameters(network) == parameters
+    assert count_mult_adds(network, LARGE_IMAGE, count_relu=True) == mult_adds
+
+
+def test_the_teachers_of_chapter_5():
+    assert count_parameters(WideResNet(28, 10)) == 36_479_194
+    # The figure of the published network, which leaves its auxiliary head out; the document's 3.8 M has it.
+    assert count_parameters(DARTS()) == 3_349_342
+    assert round(count_parameters(DARTS(auxiliary=True)) / 1e6, 1) == 3.8
+
+
+@pytest.mark.parametrize(("rank_scale", "printed"), [(0.21, "0.593"), (0.41, "1.150"), (0.67, "2.381")])
+def test_wrn_28_10_has_the_sizes_of_the_documents_budgets(rank_scale, printed):
+    """With the released Tucker layers; the settings are those of its scripts, and shortcuts are not replaced."""
+    network = WideResNet(28, 10)
+    substitute_linear(network, "tucker", setting=rank_scale, exclude=["stage*.0.shortcut"], core="tt")
+    assert f"{count_parameters(network) / 1e6:.3f}" == printed
