@@ -13,7 +13,7 @@ from benchmarks.subjects import random_covariances, resnet50, resnet56, torch_pr
 from benchmarks.timing import Candidate, Comparison, figure, interleaved, threads
 from lit_compress import Analysis, count_parameters
 from lit_compress.graph import ChannelGraph, trace
-from lit_compress.spectra import group_spectra
+from lit_compress.spectra import PFA, group_spectra
 from lit_compress.statistics import StreamingCovariance
 
 WHOLE = "graph, groups, spectra, recipe by energy"
@@ -76,7 +76,7 @@ def _analysis(net: nn.Module, graph: ChannelGraph, covariances: Covariances) -> 
     spectra, whole = group_spectra(graph, covariances)
     if len(spectra) < len(graph.groups()):
         raise RuntimeError(f"Groups without a spectrum would be timed as if they cost nothing: {whole}.")
-    return Analysis(graph, spectra, whole, samples=1, example_batch=1, parameters=count_parameters(net), before=None)
+    return Analysis(graph, PFA(), spectra, whole, samples=1, example_batch=1, parameters=count_parameters(net), before=None)
 
 
 def _forget(covariances: Covariances) -> None:

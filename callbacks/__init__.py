@@ -4,16 +4,23 @@ from lit_compress.callbacks.apply_recipe import ApplyRecipe
 from lit_compress.callbacks.crs import CRSWeightDecay
 from lit_compress.callbacks.monitor import CompressionMonitor
 from lit_compress.callbacks.pfa import PFAPruning
+from lit_compress.callbacks.pib import PIBPruning
 from lit_compress.callbacks.pruning import PruningCallback
 from lit_compress.callbacks.random_recipe import RandomPruning
+from lit_compress.callbacks.scores import MagnitudePruning, SlimmingPruning
 from lit_compress.callbacks.start import StartFrom
+from lit_compress.callbacks.vib import VIBPruning
 
 __all__ = [
     "ApplyRecipe",
     "CRSWeightDecay",
     "CompressionMonitor",
+    "MagnitudePruning",
     "PFAPruning",
+    "PIBPruning",
     "PruningCallback",
     "RandomPruning",
+    "SlimmingPruning",
     "StartFrom",
+    "VIBPruning",
 ]

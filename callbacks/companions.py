@@ -23,6 +23,12 @@ def averages_of(trainer: Trainer) -> list[nn.Module]:
     return [average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None]
 
 
+def optimizers_of(trainer: Trainer) -> list[Optimizer]:
+    """The module's optimizers, and those that callbacks have of their own."""
+    own = [vars(callback).get("own_optimizer") for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [*trainer.optimizers, *(optimizer for optimizer in own if optimizer is not None)]
+
+
 def rebuild_module(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Cut a module, and the averages of its weights in its Trainer, to the sizes of a checkpoint, before the weights load.
 

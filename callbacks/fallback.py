@@ -10,7 +10,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lit_compress.callbacks.companions import averages_of, forget_bests
+from lit_compress.callbacks.companions import averages_of, forget_bests, optimizers_of
 from lit_compress.callbacks.loggers import Outlets
 from lit_compress.callbacks.outcome import CutReport
 from lit_compress.callbacks.ranks import rewrapped
@@ -35,13 +35,13 @@ class Kept:
     def of(cls, trainer: Trainer, pl_module: LightningModule, reports: list[CutReport]) -> Kept:
         """Copy what is trained as it is now."""
         averages = [Snapshot.of(average) for average in averages_of(trainer)]
-        return cls([Snapshot.of(pl_module, trainer.optimizers), *averages], list(reports))
+        return cls([Snapshot.of(pl_module, optimizers_of(trainer)), *averages], list(reports))
 
     def restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put module, optimizers and averages back; schedules go on as they are."""
         first, *averages = self.networks
         with rewrapped(trainer, pl_module):
-            first.restore(pl_module, trainer.optimizers)
+            first.restore(pl_module, optimizers_of(trainer))
             for snapshot, average in zip(averages, averages_of(trainer), strict=True):
                 snapshot.restore(average)
         forget_bests(trainer)

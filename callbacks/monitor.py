@@ -18,7 +18,7 @@ from lit_compress.callbacks.ranks import buffers_of_first, shards
 from lit_compress.callbacks.steps import refuse_only_training, silent_step, validating
 from lit_compress.graph import trace
 from lit_compress.history import Gauge, SizeHistory, share
-from lit_compress.pictures import plot_history, plot_spectra
+from lit_compress.pictures import plot_history
 from lit_compress.plan import plan_of
 from lit_compress.ranks import as_one
 from lit_compress.statistics.gather import batch_size, first_samples, to_device
@@ -197,6 +197,5 @@ class CompressionMonitor(Callback):
                 progress=progress_of(trainer),
             )
         if self._outlets is not None:
-            spectra = {name: found.spectrum for name, found in analysis.spectra.items()}
-            figure = plot_spectra(spectra, analysis.kept(analysis.recipe()))
-            self._outlets.figure("compress/spectra", figure, f"epoch_{trainer.current_epoch}_spectra")
+            for name, figure in analysis.figures(analysis.recipe()).items():
+                self._outlets.figure(f"compress/{name}", figure, f"epoch_{trainer.current_epoch}_{name}")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.loggers import Outlets
-from lit_compress.pictures import plot_spectra, plot_widths
+from lit_compress.pictures import plot_widths
 from lit_compress.recipe import Recipe
 from lit_compress.report import Latency
 
@@ -58,8 +58,9 @@ class CutReport:
         """Log the cut with every logger of the Trainer, and write recipe, table and pictures to disk.
 
         Logged: ``compress/parameters``, ``compress/mult_adds`` (one sample), ``compress/latency_ms``, ``compress/width/<layer>``
-        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``; where the logger takes them, the
-        pictures ``compress/spectra`` and ``compress/widths`` and the table ``compress/layers``.
+        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``, and what the method has to say
+        in numbers; where the logger takes them, the picture ``compress/widths`` and the method's own (of PFA,
+        ``compress/spectra``), and the table ``compress/layers``.
 
         Args:
             trainer: The running Trainer.
@@ -80,10 +81,8 @@ class CutReport:
         values |= {f"compress/width/{name}": width for name, width in widths.items()}
         values |= {f"compress/before_cut/{name}": value for name, value in self.before.metrics.items()}
         values |= {f"compress/after_cut/{name}": value for name, value in self.after.metrics.items()}
-        figures = {
-            "spectra": plot_spectra({name: found.spectrum for name, found in analysis.spectra.items()}, analysis.kept(recipe)),
-            "widths": plot_widths(before, recipe.widths),
-        }
+        values |= {f"compress/{name}": value for name, value in analysis.method.values(analysis.rankings).items()}
+        figures = {**analysis.figures(recipe), "widths": plot_widths(before, recipe.widths)}
         table = analysis.preview(recipe)
         outlets.values(values)
         for name, figure in figures.items():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.pruning import PruningCallback
+from lit_compress.callbacks.targets import for_this_cut, one_target
 from lit_compress.recipe import Recipe
 
 
@@ -47,26 +47,9 @@ class PFAPruning(PruningCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        given = {
-            "energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency
-        }  # fmt: skip
-        self.target = {name: value for name, value in given.items() if value is not None}
-        if len(self.target) > 1:
-            raise MisconfigurationException(f"Give at most one of {sorted(given)} but got {sorted(self.target)}.")
-        if energy is not None and not 0 < energy <= 1:
-            raise MisconfigurationException(f"Argument `energy` must lie in (0, 1] but got {energy}.")
-        for name, value in self.target.items():
-            if name != "energy" and not 0 < value < 1:
-                raise MisconfigurationException(f"Argument `{name}` must lie in (0, 1) but got {value}.")
+        sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
+        self.target = one_target("energy", {"energy": energy, **sizes}, needed=False)
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:
-        share_of_cuts = self.schedule.progress
-        target = {name: value if name == "energy" else value**share_of_cuts for name, value in self.target.items()}
-        return analysis.recipe(
-            **target,
-            min_width=self.min_width,
-            round_to=self.round_to,
-            include=self.include,
-            exclude=self.exclude,
-        )
+        return self.limited_recipe(analysis, for_this_cut(self.target, self.schedule, own="energy"))

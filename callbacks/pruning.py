@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from typing_extensions import override
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze
 from lit_compress.callbacks.anew import draw_anew
-from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests
+from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests, optimizers_of
 from lit_compress.callbacks.fallback import Fallback, Kept
 from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.outcome import CutReport, Measurement
@@ -36,14 +37,17 @@ from lit_compress.callbacks.steps import (
     validating,
 )
 from lit_compress.checkpoint import write_plan
+from lit_compress.graph import ChannelGraph, trace
 from lit_compress.latency import Comparison
 from lit_compress.naming import matches
 from lit_compress.norms import reestimate_norms
 from lit_compress.optimizer_state import refuse_sharded
 from lit_compress.plan import Plan, plan_of
+from lit_compress.rankings import Method
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
 from lit_compress.report import count_parameters
+from lit_compress.spectra import PFA
 from lit_compress.statistics.gather import first_samples
 from lit_compress.surgery import cut, plan_for
 
@@ -160,13 +164,28 @@ class PruningCallback(Callback, ABC):
         self._final: dict[str, float] = {}  # metrics of a network that was put back at the end
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
 
+    @property
+    def method(self) -> Method:
+        """What the analysis looks at: the responses of the layers, as PFA does, if a subclass says nothing else."""
+        return PFA()
+
     @abstractmethod
     def choose(self, analysis: Analysis) -> Recipe:
-        """The channels to keep, from what the analysis found; the one decision that is a method's own.
+        """The channels to keep, from what the analysis found; with :attr:`method`, all that is a method's own.
 
         Raises:
             ValueError: If the method's target cannot be reached.
         """
+
+    def limited_recipe(self, analysis: Analysis, target: Mapping[str, float]) -> Recipe:
+        """What the analysis recommends for a target, or without one, for the layers and widths that this callback may cut."""
+        return analysis.recipe(
+            **target,
+            min_width=self.min_width,
+            round_to=self.round_to,
+            include=self.include,
+            exclude=self.exclude,
+        )
 
     # ---------------------------------------------------------------- hooks, in the order in which they fire
 
@@ -223,8 +242,11 @@ class PruningCallback(Callback, ABC):
             self.schedule.watch(self._validated)
             self._validated = None
         if self.fallback is not None and self.fallback.must_go_back:
+            hopeless = self.fallback.strength == 0
             self.reports = self.fallback.go_back(trainer, pl_module)
-            if self.fallback.searching:
+            if hopeless:
+                self.nothing_left(trainer)
+            elif self.fallback.searching:
                 self.schedule.cuts.pop()  # the same cut again
                 self.cut_now(trainer, pl_module)
         elif self.fallback is not None and self.fallback.searching:
@@ -326,6 +348,7 @@ class PruningCallback(Callback, ABC):
                 analysis = analyze(
                     pl_module,
                     loader,
+                    method=self.method,
                     example_inputs=example,
                     forward_fn=silent_step,
                     max_samples=self.max_samples,
@@ -341,14 +364,14 @@ class PruningCallback(Callback, ABC):
                 # Worked out before anything is touched, so that an optimizer that cannot follow stops the cut.
                 plan = plan_for(pl_module, analysis.graph, recipe)
                 _refuse_disagreement(plan)
-                followers = [plan.prepare(optimizer) for optimizer in trainer.optimizers]
+                followers = [plan.prepare(optimizer) for optimizer in optimizers_of(trainer)]
                 restart = None if self._first_schedule is None else prepare_restart(trainer, self._first_schedule)
                 parameters, metrics = count_parameters(pl_module), self._validate(trainer, pl_module)
                 averages = averages_of(trainer)
                 if self.fallback is not None:
                     self.fallback.check(metrics)
                 kept = None if self.fallback is None else Kept.of(trainer, pl_module, self.reports)
-            with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], trainer.optimizers):
+            with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], optimizers_of(trainer)):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
                     pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph,
@@ -395,9 +418,24 @@ class PruningCallback(Callback, ABC):
                 if not self.schedule.remaining:
                     warn_if_cut_short(trainer)
         else:
-            rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
             if self.fallback is not None:
                 self.fallback.settle()
+            self.nothing_left(trainer)
+
+    def nothing_left(self, trainer: Trainer) -> None:
+        """There is nothing to remove: nothing at all, or nothing that ``max_drop`` allows."""
+        rank_zero_warn(f"{type(self).__name__} found nothing to remove before epoch {trainer.current_epoch}.")
+
+    @contextmanager
+    def traced(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[ChannelGraph, Any]]:
+        """The graph of the network as it is, and the example it was traced with; what fails inside fails on all ranks.
+
+        Raises:
+            MisconfigurationException: If there are no data for the analysis.
+        """
+        with as_one(), rng.isolated(), validating(trainer), as_one():
+            example = first_samples(analysis_batches(trainer, pl_module, self.loader, self.max_samples).example())
+            yield trace(pl_module, lambda: silent_step(pl_module, example)), example
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         return evaluate(trainer, pl_module) if self.evaluate else {}

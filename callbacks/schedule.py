@@ -71,6 +71,7 @@ class CutSchedule:
         self.cuts: list[int] = []  # epochs before which a cut was made
         self._best: float | None = None
         self._stale = 0
+        self._closed = False
 
     def __str__(self) -> str:
         """The trigger, the same for as long as it lives."""
@@ -83,7 +84,7 @@ class CutSchedule:
     def reset(self) -> None:
         """Forget all cuts: another run begins."""
         self.at_epoch, self.cuts = self._given_epoch, []
-        self._best, self._stale = None, 0
+        self._best, self._stale, self._closed = None, 0, False
 
     def resolve(self, max_epochs: int | None) -> None:
         """Check the schedule against the length of training, and fill in what was left open.
@@ -108,7 +109,11 @@ class CutSchedule:
     @property
     def remaining(self) -> int:
         """Cuts still to be made."""
-        return self.max_cuts - len(self.cuts)
+        return 0 if self._closed else self.max_cuts - len(self.cuts)
+
+    def close(self) -> None:
+        """No further cut is to be made."""
+        self._closed = True
 
     @property
     def progress(self) -> float:
@@ -149,10 +154,12 @@ class CutSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as builtin types."""
-        return {"cuts": list(self.cuts), "best": self._best, "stale": self._stale, "at_epoch": self.at_epoch}
+        waiting = {"best": self._best, "stale": self._stale, "closed": self._closed}
+        return {"cuts": list(self.cuts), "at_epoch": self.at_epoch, **waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         self.cuts, self._best, self._stale = list(state["cuts"]), state["best"], state["stale"]
+        self._closed = state["closed"]
         if self.every_n_epochs is None and self.when is None:
             self.at_epoch = state["at_epoch"]

@@ -1,4 +1,4 @@
-"""From a network and data to a recipe: trace, gather, and ask the spectra how much is needed."""
+"""From a network and data to a recipe: trace, gather, and ask a method how much is needed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lit_compress import ranks, rng
 from lit_compress.compensation import readers
-from lit_compress.graph import ChannelGraph, trace
+from lit_compress.graph import ChannelGraph, ChannelGroup, trace
+from lit_compress.information import PIB
 from lit_compress.labels import FIXED
 from lit_compress.latency import Stopwatch, widest_within
 from lit_compress.naming import matches
 from lit_compress.plan import Plan, plan_of
+from lit_compress.rankings import Method, Ranking, Rankings
 from lit_compress.recipe import Recipe
 from lit_compress.report import LayerRow, LayerTable, count_parameters
-from lit_compress.selection import pfa
+from lit_compress.scores import Magnitude, Slimming
 from lit_compress.skips import Marks, Vector
-from lit_compress.spectra import GroupSpectrum, group_spectra, observed, sum_name
-from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather_covariances, in_order, to_device
+from lit_compress.spectra import PFA, GroupSpectrum
+from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather, in_order, to_device
 from lit_compress.statistics.mean import StreamingMean
 from lit_compress.surgery import ForwardFn, call, make_plan, removed_by
+
+METHODS: Mapping[str, type[Method]] = {"pfa": PFA, "pib": PIB, "magnitude": Magnitude, "slimming": Slimming}
 
 
 class _Limits(NamedTuple):
@@ -53,7 +58,8 @@ class Analysis:
 
     Attributes:
         graph: Which channels are tied.
-        spectra: Name of a group (of its first layer) to its spectrum.
+        method: What the statistics are for.
+        rankings: Name of a group (of its first layer) to what the method found out about it.
         whole: Layer to the reason why it is left whole.
         samples: Samples seen.
         mean_inputs: Layer to the mean of each of its input channels, if asked for, to compensate a cut.
@@ -63,7 +69,8 @@ class Analysis:
     def __init__(
         self,
         graph: ChannelGraph,
-        spectra: Mapping[str, GroupSpectrum],
+        method: Method,
+        rankings: Rankings,
         whole: Mapping[str, str],
         samples: int,
         example_batch: int,
@@ -72,16 +79,22 @@ class Analysis:
         mean_inputs: Mapping[str, Tensor] | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        self.graph, self.spectra, self.whole, self.samples = graph, dict(spectra), dict(whole), samples
+        self.graph, self.method, self.rankings, self.whole, self.samples = graph, method, dict(rankings), dict(whole), samples
         self._batch = example_batch
         self._parameters = parameters
         self._before = before
         self.mean_inputs, self.stopwatch = mean_inputs, stopwatch
 
+    @property
+    def spectra(self) -> dict[str, GroupSpectrum]:
+        """Name of a group to its spectrum; empty for other methods than PFA."""
+        return {name: found for name, found in self.rankings.items() if isinstance(found, GroupSpectrum)}
+
     def recipe(
         self,
         *,
         energy: float | None = None,
+        keep_channels: float | None = None,
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
         keep_latency: float | None = None,
@@ -90,12 +103,13 @@ class Analysis:
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
     ) -> Recipe:
-        """The channels to keep, by PFA-KL, or by PFA-En if one of the first four arguments is given.
+        """The channels to keep: by the method's own rule, such as PFA-KL, or to meet one target.
 
         Args:
-            energy: Share of each layer's response energy to keep, in (0, 1].
-            keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The largest energy that meets it
-                is searched for, with the real size of the cut network; the result is at or below.
+            energy: PFA alone: share of each layer's response energy to keep, in (0, 1].
+            keep_channels: Methods that score channels one by one: share of the channels to keep, in (0, 1].
+            keep_params: Share of the original network's trainable parameters to keep, in (0, 1). The largest energy (or share of
+                the channels) that meets it is searched for, with the real size of the cut network; the result is at or below.
             keep_mult_adds: The same for mult-adds.
             keep_latency: The same for the time of a forward, measured with :attr:`stopwatch` on networks of the sizes in question
                 and on the original, in turns. Time is noisy and may rise where a network gets narrower: the search is that of
@@ -109,23 +123,28 @@ class Analysis:
             A recipe relative to the network that was analysed. Hand it to :func:`~lit_compress.cut`.
 
         Raises:
-            ValueError: If more than one target is given, a value is out of range, a pattern matches no layer, the target
-                cannot be reached (the message names the smallest size that can), or there is nothing to time.
+            ValueError: If more than one target is given, or one that is another method's, a value is out of range, a pattern
+                matches no layer, the target cannot be reached (the message names the smallest size that can), or there is nothing
+                to time.
         """
-        given = {
-            "energy": energy, "keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency
-        }  # fmt: skip
+        sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
+        given = {"energy": energy, "keep_channels": keep_channels, **sizes}
         targets = {name: value for name, value in given.items() if value is not None}
+        knob = self.method.knob
+        for name in targets.keys() & {"energy", "keep_channels"} - {knob}:
+            raise ValueError(f"`{name}` is no target of {self.method.name}: give {self.method.targets}.")
         if len(targets) > 1:
-            raise ValueError(f"Give at most one of {', '.join(f'`{name}`' for name in given)} but got {sorted(targets)}.")
+            raise ValueError(f"Give at most one of {self.method.targets} but got {sorted(targets)}.")
         limits = _Limits.checked(min_width, round_to)
         chosen = self._chosen(include, exclude)
         if not targets:
-            widths = {name: pfa.kl_width(found.spectrum) for name, found in chosen.items()}
-            return self._recipe(self._removed(chosen, widths, limits), "pfa(kl)")
+            widths, rule = self.method.own_widths(chosen)
+            return self._recipe(self._removed(chosen, widths, limits), self.method.describe(rule))
         ((name, value),) = targets.items()
-        if name == "energy":
-            return self._recipe(self._removed(chosen, _energy_widths(chosen, value), limits), f"pfa(energy={value:g})")
+        if name == knob:
+            return self._recipe(
+                self._removed(chosen, self.method.widths(chosen, value), limits), self.method.describe(f"{name}={value:g}")
+            )
         return self._search(chosen, name, value, limits)
 
     def random_recipe(
@@ -195,7 +214,7 @@ class Analysis:
             raise ValueError(f"Argument `share` must lie in [0, 1] but got {share}.")
         removed = removed_by(self.graph, recipe)
         chosen, widths = {}, {}
-        for name, found in self.spectra.items():
+        for name, found in self.rankings.items():
             gone = torch.from_numpy(removed[found.group.classes])[found.order]
             chosen[name] = replace(found, order=torch.cat([found.order[gone], found.order[~gone]]), inactive=0)
             widths[name] = len(gone) - int(share * int(gone.sum()))
@@ -255,30 +274,31 @@ class Analysis:
         return LayerTable(method=recipe.method, rows=tuple(rows), sizes=sizes)
 
     def kept(self, recipe: Recipe) -> dict[str, int]:
-        """How many channels a recipe keeps of each group in ``spectra``."""
+        """How many channels a recipe keeps of each group in ``rankings``."""
         kept = {}
-        for name, found in self.spectra.items():
+        for name, found in self.rankings.items():
             position = found.group.members[found.group.name]
             stays = list(recipe.keep.get(found.group.name, range(len(position))))
             kept[name] = int((position[stays] != FIXED).sum())
         return kept
 
+    def figures(self, recipe: Recipe) -> dict[str, Figure]:
+        """Pictures of what the method found and of where a recipe cuts, by name."""
+        return self.method.figures(self.rankings, self.kept(recipe))
+
     def _note(self, layer: str) -> str:
-        tied = [found.group.name for found in self.spectra.values() if layer in found.group.members and found.group.name != layer]
+        tied = [
+            found.group.name for found in self.rankings.values() if layer in found.group.members and found.group.name != layer
+        ]
         return self.whole.get(layer, f"follows {tied[0]}" if tied else "")
 
-    def _chosen(self, include: Sequence[str], exclude: Sequence[str]) -> dict[str, GroupSpectrum]:
+    def _chosen(self, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Ranking]:
         for pattern in (*include, *exclude):
             if not any(matches(name, pattern) for name in self.graph.layers):
                 raise ValueError(f"Pattern {pattern!r} matches no layer; the layers are {', '.join(self.graph.layers)}.")
-        return {
-            name: found
-            for name, found in self.spectra.items()
-            if all(any(matches(member, pattern) for pattern in include) for member in found.group.members)
-            and not any(matches(member, pattern) for pattern in exclude for member in found.group.members)
-        }
+        return {name: found for name, found in self.rankings.items() if wanted(found.group, include, exclude)}
 
-    def _removed(self, chosen: Mapping[str, GroupSpectrum], widths: Mapping[str, int], limits: _Limits) -> Marks:
+    def _removed(self, chosen: Mapping[str, Ranking], widths: Mapping[str, int], limits: _Limits) -> Marks:
         """The classes that leave, if each group keeps about as many channels as ``widths`` says."""
         padded = {source for pad in self.graph.pads for source in pad.sources.tolist()}
         removed = self.graph.mark()
@@ -303,7 +323,7 @@ class Analysis:
         )
         return replace(recipe, padded=make_plan(self.graph, recipe).recipe.padded)
 
-    def _with_a_slot_each(self, found: GroupSpectrum, stays: Vector, available: Any) -> Vector:
+    def _with_a_slot_each(self, found: Ranking, stays: Vector, available: Any) -> Vector:
         """As many of a skip's channels, but with at least one slot for each block that is padded back to it."""
         place = {position: index for index, position in enumerate(found.order.tolist())}
         needed: set[int] = set()
@@ -314,16 +334,15 @@ class Analysis:
         others = sorted(set(stays.tolist()) - needed, key=lambda position: -place[position])
         return np.array(sorted({*needed, *others[: max(len(stays) - len(needed), 0)]}), dtype=np.int64)
 
-    def _search(self, chosen: Mapping[str, GroupSpectrum], name: str, share: float, limits: _Limits) -> Recipe:
-        """The largest energy whose cut network is at most the share of the original one."""
+    def _search(self, chosen: Mapping[str, Ranking], name: str, share: float, limits: _Limits) -> Recipe:
+        """The largest value of the method's own target whose cut network is at most the share of the original one."""
         if not 0 < share < 1:
             raise ValueError(f"Argument `{name}` must lie in (0, 1) but got {share}.")
-        # Every energy at which some layer's width changes: between two neighbours the recipe is the same.
-        steps = np.unique(np.concatenate([[1.0], *(found.spectrum.cumsum(0).clamp(max=1).numpy() for found in chosen.values())]))
+        steps = self.method.steps(chosen)
 
         @cache
         def at(step: int) -> Marks:
-            return self._removed(chosen, _energy_widths(chosen, float(steps[step])), limits)
+            return self._removed(chosen, self.method.widths(chosen, steps[step]), limits)
 
         find = self._widest_in_time if name == "keep_latency" else self._widest_of_size
         step, smallest = find(name, share, len(steps), at)
@@ -333,7 +352,7 @@ class Analysis:
                 f"`{name}={share:g}` cannot be reached: with `min_width={limits.min_width}`{rounded} the smallest network has "
                 f"{smallest}. Raise `{name}`, or leave fewer layers out."
             )
-        return self._recipe(at(step), f"pfa({name}={share:g})")
+        return self._recipe(at(step), self.method.describe(f"{name}={share:g}"))
 
     def _widest_of_size(self, name: str, share: float, steps: int, at: Callable[[int], Marks]) -> tuple[int | None, str]:
         """The last step within a size, which grows along the path, and what the first one has."""
@@ -382,7 +401,7 @@ def analyze(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    method: Literal["pfa"] = "pfa",
+    method: Literal["pfa", "pib", "magnitude", "slimming"] | Method = "pfa",
     example_inputs: Any = None,
     forward_fn: ForwardFn | None = None,
     max_samples: int | None = None,
@@ -400,7 +419,9 @@ def analyze(
         model: The network, on its device. It is analysed in evaluation mode and left as it was.
         loader: Batches. A plain shuffled ``DataLoader`` is read in its data set's order. The data decide the recipe: give the
             domain that the small network is for.
-        method: What the statistics are for. ``"pfa"``: Principal Filter Analysis.
+        method: What the statistics are for: Principal Filter Analysis (``"pfa"``), the information of sigmoid units (``"pib"``),
+            the size of weights (``"magnitude"``) or of the scales of batch norms (``"slimming"``); or one of the objects behind
+            these names, with options of its own.
         example_inputs: Inputs to trace the network with; the first samples of ``loader`` if None.
         forward_fn: Runs the network on a batch as ``loader`` gives it. By default the first entry of a batch that is a tuple or a
             list (of inputs and targets) goes to ``model``.
@@ -429,8 +450,9 @@ def analyze(
         >>> analysis.recipe(energy=0.9).widths
         {'0': 3}
     """
-    if method != "pfa":
-        raise ValueError(f"Argument `method` must be 'pfa' but got {method!r}.")
+    chosen = METHODS[method]() if isinstance(method, str) and method in METHODS else method
+    if not isinstance(chosen, Method):
+        raise ValueError(f"Argument `method` must be one of {sorted(METHODS)} or a Method but got {method!r}.")
     if skips not in ("share", "pad"):
         raise ValueError(f"Argument `skips` must be 'share' or 'pad' but got {skips!r}.")
     pad_back: Any = "identity" if skips == "pad" else ()
@@ -447,28 +469,28 @@ def analyze(
             example = to_device(example_inputs, device)
             graph = trace(model, lambda: (forward_fn or call)(model, example), pad_back=pad_back)
         modules = dict(model.named_modules())
-        groups = [observed(graph, group) for group in graph.groups()]
-        taps = {sum_name(point.tap): point.tap for point in graph.sums if point.tap is not None}
-        sizes = {name: len(position) for group in groups for name, position in group.members.items()}
-        layers = {name: size for name, size in sizes.items() if name in modules or name in taps}
+        watched = chosen.watched(model, graph)
         inputs = readers(graph) if compensate else {}
         means = {name: StreamingMean(size, sync_on_compute=False) for name, size in inputs.items() if name in modules}
         mine = in_order(loader, max_samples=max_samples, rank=ranks.rank(), world_size=ranks.world_size())
         loader = whole if ranks.world_size() == 1 or mine is loader else mine
         batches = loader if progress is None else progress(loader, _length(loader))
-        covariances = gather_covariances(
-            model,
-            batches,
-            layers,
-            lambda batch: run_batch(model, to_device(batch, device)),
-            max_samples=None if max_samples is None else ceil(max_samples / ranks.world_size()),
-            taps=taps,
-            means=means,
-        )
+        samples = 0
+        if watched or means:
+            samples = gather(
+                model,
+                batches,
+                watched,
+                lambda batch: run_batch(model, to_device(batch, device)),
+                max_samples=None if max_samples is None else ceil(max_samples / ranks.world_size()),
+                means=means,
+            )
+        found = chosen.rank(model, graph, watched)
     return Analysis(
         graph,
-        *group_spectra(graph, covariances),
-        samples=max((int(metric.count) for metric in covariances.values()), default=0),
+        chosen,
+        *found,
+        samples=samples,
         example_batch=batch_size(example),
         parameters=count_parameters(model),
         before=plan_of(model),
@@ -499,5 +521,8 @@ def _run_first(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _energy_widths(chosen: Mapping[str, GroupSpectrum], energy: float) -> dict[str, int]:
-    return {name: pfa.energy_width(found.spectrum, energy) for name, found in chosen.items()}
+def wanted(group: ChannelGroup, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns let a group of tied layers be cut: all of them must be included, and none excluded."""
+    return all(any(matches(member, pattern) for pattern in include) for member in group.members) and not any(
+        matches(member, pattern) for pattern in exclude for member in group.members
+    )

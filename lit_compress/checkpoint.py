@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_compress.migration import migrated
+from lit_compress.gates import make_room, sites_to_dicts
+from lit_compress.migration import Migration, migrated
 from lit_compress.naming import Relocation, relocation
 from lit_compress.padding import Pad
 from lit_compress.plan import Plan, note_plan, plan_of
@@ -26,15 +27,18 @@ from lit_compress.slicing import all_tensors
 from lit_compress.surgery import ForwardFn, call, cut, under_names_of
 
 KEY = "lit_compress"
-FORMAT = 1
+FORMAT = 2
+_MIGRATIONS: dict[int, Migration] = {1: lambda entry: entry}  # there were no gates yet
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def write_plan(model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
-    """Put into a checkpoint what it takes to build the network again; nothing if nothing was cut."""
-    plan = plan_of(model)
+    """Put into a checkpoint what it takes to build the network again; nothing if nothing was cut or put in."""
+    plan, gates = plan_of(model), sites_to_dicts(model)
     if plan is not None:
         note(checkpoint, plan=plan.to_dict())
+    if gates:
+        note(checkpoint, gates=gates)
 
 
 def note(checkpoint: MutableMapping[str, Any], **entries: Any) -> None:
@@ -49,9 +53,7 @@ def noted(checkpoint: Mapping[str, Any], entry: str) -> Any:
         ValueError: If a later version of this package wrote it.
     """
     entries = checkpoint.get(KEY)
-    if entries is None:
-        return None
-    return migrated(entries, FORMAT, {}, "checkpoint").get(entry)
+    return None if entries is None else migrated(entries, FORMAT, _MIGRATIONS, "checkpoint").get(entry)
 
 
 def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
@@ -65,7 +67,7 @@ def read_plan(checkpoint: Mapping[str, Any]) -> Plan | None:
 
 
 def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Cut a network, in place, to the sizes of a checkpoint, before the weights are loaded.
+    """Cut a network, in place, to the sizes of a checkpoint, and give it its gates, before the weights are loaded.
 
     Args:
         model: The network as its constructor builds it, or one that was cut to a part of the checkpoint's plan already (by a
@@ -75,8 +77,9 @@ def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the network was cut in another way, or is not the one that the checkpoint was made from.
     """
-    plan, present = read_plan(checkpoint), plan_of(model)
+    plan, gates, present = read_plan(checkpoint), noted(checkpoint, "gates") or [], plan_of(model)
     if present == plan:
+        make_room(model, gates)
         return
     if present is not None:
         rest = None if plan is None else _rest(plan, present)
@@ -86,9 +89,11 @@ def rebuild(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                 f"The network was cut already, by {present.recipe.method}, but the checkpoint holds {held}. Build the network "
                 "anew and load into that."
             )
+        make_room(model, gates)
         rest.cut_module(model)
         note_plan(model, plan)
     elif plan is not None:
+        make_room(model, gates)
         _cut_to(model, plan)
 
 
@@ -182,8 +187,13 @@ def shrink_checkpoint(
 
     Raises:
         ValueError: If the checkpoint is not one of ``model``, the recipe does not fit, the cut is not exact, an optimizer's state
-            cannot follow, or there are not as many optimizers as in the checkpoint.
+            cannot follow, there are not as many optimizers as in the checkpoint, or its gates are still being trained.
     """
+    if any(site["kind"] == "noise" for site in noted(checkpoint, "gates") or []):
+        raise ValueError(
+            "The checkpoint holds gates that are still being trained, and are not to be cut by another recipe. Let VIBPruning "
+            "fold them first."
+        )
     states = checkpoint.get("optimizer_states", [])
     if len(states) != len(optimizers):
         raise ValueError(

@@ -19,7 +19,7 @@ from lit_compress import rng
 from lit_compress.compiled import eagerly
 from lit_compress.labels import FIXED
 from lit_compress.operations import LabelMode
-from lit_compress.skips import Marks, PadPoint, SumPoint, Vector
+from lit_compress.skips import ActivationPoint, Marks, PadPoint, SumPoint, Vector
 from lit_compress.tracing import WeightUse, named_tensors
 
 Forward: TypeAlias = Callable[[], Any]
@@ -78,6 +78,7 @@ class ChannelGraph:
         refused: What looks like a layer but is not in ``layers``, to the reason why.
         sums: Where two branches are added.
         norms: Weight of a layer to the running mean of the batch norm that takes its output directly.
+        activations: What activation functions give, in the order of the forward.
         pads: Modules whose channels are scattered to the slots of a skip. A slot that goes takes its channel along.
     """
 
@@ -92,6 +93,7 @@ class ChannelGraph:
     sums: tuple[SumPoint, ...] = ()
     pads: tuple[PadPoint, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
+    activations: tuple[ActivationPoint, ...] = ()
 
     def groups(self) -> list[ChannelGroup]:
         """Channels that may be cut, sorted into groups that share the same layers."""
@@ -145,6 +147,23 @@ class ChannelGraph:
         found += [layer.classes for layer in self.layers.values()]
         found += [classes for pad in self.pads for classes in (pad.sources, pad.slots)]
         return max((int(classes.max(initial=FIXED)) for classes in found), default=FIXED) + 1
+
+    def read_classes(self) -> set[int]:
+        """Classes of channels that enter a weight. What no weight reads leaves the network, though the trace saw no output."""
+        read: set[int] = {source for pad in self.pads for source in pad.sources.tolist()}
+        for use in self.uses:
+            read.update(self.tensors.get(use.weight, {}).get(use.in_dim, np.zeros(0)).tolist())
+        return read
+
+    def activation_of(self, group: ChannelGroup) -> ActivationPoint | None:
+        """The first activation function that a group's channels go through, if the group is one layer's alone and all of it."""
+        if len(group.members) > 1:
+            return None
+        mine = set(group.classes.tolist())
+        for point in self.activations:
+            if not mine.isdisjoint(point.channels.tolist()):
+                return point
+        return None
 
     def why_whole(self, layer: str) -> str:
         """The reason why channels of a layer cannot be cut, or an empty string if they all can."""
@@ -267,11 +286,24 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
         replace(point, channels=classify(point.channels), block=point.block if mode.calls[point.block or ""] == 1 else None)
         for point in mode.sums
     )
+    activations = tuple(
+        _activation(mode, index, replace(point, channels=classify(point.channels)), classify)
+        for index, point in enumerate(mode.activations)
+    )
     pads = tuple(replace(point, sources=classify(point.sources), slots=classify(point.slots)) for point in mode.pads)
     _freeze_slots(pads, frozen)
     return ChannelGraph(
-        layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads, mode.norms
+        layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads, mode.norms, activations
     )
+
+
+def _activation(mode: LabelMode, index: int, point: ActivationPoint, classify: Callable[[Vector], Vector]) -> ActivationPoint:
+    """An activation with where it can be seen, best by a module that runs only once, and what is pooled of it later."""
+    later = [classify(atoms) for before, atoms in mode.maxima if before > index]
+    pooled = frozenset(np.intersect1d(point.channels, np.concatenate([np.zeros(0, np.int64), *later])).tolist()) - {FIXED}
+    taps = mode.activation_taps[index]
+    alone = next((replace(tap, call=None) for tap in taps if mode.calls[tap.module] == 1), None)
+    return replace(point, tap=alone or next(iter(taps), None), pooled=pooled)
 
 
 def _freeze_slots(pads: Sequence[PadPoint], frozen: dict[int, str]) -> None:

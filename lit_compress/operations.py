@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, varies, vector_along
+from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, to_numpy, varies, vector_along
 from lit_compress.padding import PaddedBack
-from lit_compress.skips import SumPoint
+from lit_compress.skips import ActivationPoint, SumPoint
 from lit_compress.tracing import Trace, WeightUse
 
 _BATCH_NORMS = {
@@ -56,6 +56,11 @@ _POINTWISE = {
     "native_dropout", "bernoulli", "relu", "relu6", "threshold", "_prelu_kernel", "celu", "selu", "mish", "softplus",
     "log_sigmoid_forward",
 }  # fmt: skip
+# Of one tensor: what makes a layer's output what the next one reads.
+_ACTIVATIONS = {
+    "relu", "relu6", "sigmoid", "tanh", "leaky_relu", "_prelu_kernel", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus",
+    "hardtanh", "hardswish", "hardsigmoid", "log_sigmoid_forward",
+}  # fmt: skip
 
 
 class LabelMode(Trace):
@@ -75,6 +80,7 @@ class LabelMode(Trace):
             self._taken.update(self._product[tensor] for tensor in tensors if tensor in self._product)
             if call.name.endswith("_") and call.outputs:
                 self._sum_of.pop(call.first, None)  # overwritten in place, though maybe by the next sum
+                self._activation_of.pop(call.first, None)
             if call.outputs and not call.first.numel():
                 why = f"{call.name} in {self.where} gives an empty tensor on the example inputs"
                 self._barrier(call, why)
@@ -251,6 +257,7 @@ class LabelMode(Trace):
             for tensor in call.outputs:
                 self._labels[tensor] = united.expand(call.first.shape)
             self._note_sum(call, operands)
+            self._note_activation(call)
         else:
             self._derive(call)
         return None
@@ -335,6 +342,8 @@ class LabelMode(Trace):
             return self._barrier(call)
         for tensor in call.outputs:
             self._labels[tensor] = collapsed(labels).expand(tensor.shape)
+        if "max_pool" in call.name:
+            self._note_maximum(labels)
         return None
 
     def _along_dim(self, call: _Call) -> None:
@@ -348,6 +357,8 @@ class LabelMode(Trace):
         if any(varies(labels, dim) for dim in listed):
             return self._barrier(call)
         small = collapsed(labels)
+        if call.name in ("amax", "max"):
+            self._note_maximum(labels)
         for tensor in call.outputs:
             if tensor.ndim == x.ndim:
                 self._labels[tensor] = small.expand(tensor.shape)
@@ -553,6 +564,22 @@ class LabelMode(Trace):
         block = ends[0] if len(ends) == 1 else None
         self._sum_of[call.first] = len(self.sums)
         self.sums.append(SumPoint(vector.numpy().astype(np.int64), None, projection=len(ends) == 2, block=block))
+
+    def _note_activation(self, call: _Call) -> None:
+        labels = self._label(call.first)
+        if call.name.removesuffix("_") not in _ACTIVATIONS or labels is None:
+            return
+        dims = [dim for dim in range(labels.ndim) if varies(labels, dim)]
+        vector = vector_along(labels, dims[0]) if len(dims) == 1 else None
+        if vector is None:
+            return
+        self._activation_of[call.first] = len(self.activations)
+        name, shape = call.name.removesuffix("_"), tuple(call.first.shape)
+        self.activations.append(ActivationPoint(name, vector.numpy().astype(np.int64), dims[0], shape, None))
+        self.activation_taps.append([])
+
+    def _note_maximum(self, labels: Tensor) -> None:
+        self.maxima.append((len(self.activations), np.unique(to_numpy(labels))))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,33 @@ def plot_spectra(spectra: Mapping[str, Tensor], kept: Mapping[str, int] | None =
     return figure
 
 
+def plot_scores(scores: Mapping[str, Tensor], kept: Mapping[str, int] | None = None) -> Figure:
+    """Scores of each layer's channels, from the highest to the lowest, and where each layer is cut.
+
+    Args:
+        scores: Layer name to scores ``(C,)``.
+        kept: Layer name to channels kept; marked by a dot at the last of them.
+
+    Returns:
+        One curve a layer, from dark (first) to light (last), over the share of its channels.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Axes = figure.add_subplot()
+    for index, (name, values) in enumerate(scores.items()):
+        descending = values.sort(descending=True).values.numpy()
+        share = np.arange(1, len(descending) + 1) / max(len(descending), 1)
+        colour = _shade(index, len(scores))
+        axes.plot(share, descending, color=colour, linewidth=1, label=name if len(scores) <= 16 else None)
+        if kept is not None and 0 < kept.get(name, 0) <= len(descending):
+            place = kept[name] - 1
+            axes.plot(share[place], descending[place], "o", color=colour, markersize=4)
+    axes.set(xlabel="share of the layer's channels", ylabel="score", xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    if 0 < len(scores) <= 16:
+        axes.legend(fontsize="x-small", loc="upper right")
+    return figure
+
+
 def plot_widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     """Channels of each layer before and after.
 

@@ -1,4 +1,4 @@
-"""Where branches of a network are added: the sums that can be analysed, and the blocks that can be padded back."""
+"""Tensors inside a network that hooks can see: sums of branches, activations, and the blocks that can be padded back."""
 
 from __future__ import annotations
 
@@ -44,6 +44,27 @@ class SumPoint:
     tap: Tap | None
     projection: bool
     block: str | None
+
+
+@dataclass(frozen=True)
+class ActivationPoint:
+    """What an activation function gives.
+
+    Args:
+        function: Its name, as ``"relu"`` or ``"sigmoid"``.
+        channels: The class of each of its channels; -1 for one that stays whatever is cut.
+        dim: The dimension that they lie along.
+        shape: Of the tensor, for the samples traced.
+        tap: Where a hook can see it, in all calls of a module if that runs only once; None if no module takes or gives it.
+        pooled: Classes of them whose maximum over positions is taken afterwards.
+    """
+
+    function: str
+    channels: Vector
+    dim: int
+    shape: tuple[int, ...]
+    tap: Tap | None
+    pooled: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

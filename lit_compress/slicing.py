@@ -38,11 +38,14 @@ _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
         },
     ),
 )
+_DEPTHWISE = "_lit_compress_depthwise"
 
 
 def _convolution_sizes(conv: nn.modules.conv._ConvNd) -> dict[str, int]:
-    out_channels = conv.weight.shape[0]
-    groups = out_channels if conv.groups == conv.in_channels == conv.out_channels else conv.groups
+    out_channels, groups = conv.weight.shape[0], conv.groups
+    if groups == conv.in_channels == conv.out_channels and (groups > 1 or _DEPTHWISE in vars(conv)):
+        vars(conv)[_DEPTHWISE] = True  # cut to one channel it looks like any other, and it may be widened again
+        groups = out_channels
     return {"out_channels": out_channels, "in_channels": conv.weight.shape[1] * groups, "groups": groups}
 
 

@@ -2,51 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from typing_extensions import override
 
 from lit_compress.graph import ChannelGraph, ChannelGroup
 from lit_compress.labels import FIXED
+from lit_compress.pictures import plot_spectra
+from lit_compress.rankings import Method, Ranking, Rankings, by_name, sort_out
 from lit_compress.selection import pfa
 from lit_compress.skips import Tap
-from lit_compress.statistics.covariance import StreamingCovariance
+from lit_compress.statistics.covariance import StreamingCovariance, spatial_max
+from lit_compress.statistics.gather import Watched
 
 
 @dataclass(frozen=True)
-class GroupSpectrum:
+class GroupSpectrum(Ranking):
     """What the responses of tied channels say: those of one layer, or of the layers that share a residual stream.
 
     Args:
-        group: The channels.
         spectrum: Share of energy in each principal direction, descending, ``(C,)``.
-        order: Positions of the group's channels in the order in which they are removed, ``(C,)``.
-        inactive: How many of the first in ``order`` hardly vary and are removed in any case.
     """
 
-    group: ChannelGroup
     spectrum: Tensor
-    order: Tensor
-    inactive: int
 
-    def kept(self, width: int, min_width: int, round_to: int = 1, available: Tensor | None = None) -> Tensor:
-        """Positions that stay, ascending: ``width`` of them or fewer, as many as are active, rounded up to a multiple.
 
-        Args:
-            width: How many.
-            min_width: How many at least, active or not.
-            round_to: The multiple.
-            available: Which may stay at all ``(C,)``, bool; None for all.
-        """
-        order, active = self.order, torch.arange(len(self.order)) >= self.inactive
-        if available is not None:
-            order, active = order[available[order]], active[available[order]]
-        least = max(min(width, int(active.sum())), min_width)
-        return order[max(len(order) - round_to * ceil(least / round_to), 0) :].sort().values
+class PFA(Method):
+    """Principal Filter Analysis: from the covariance of the responses, of tied layers together, to a spectrum."""
+
+    name, knob = "pfa", "energy"
+
+    @override
+    def watched(self, model: nn.Module, graph: ChannelGraph) -> dict[str, Watched]:
+        modules = dict(model.named_modules())
+        taps = {sum_name(point.tap): point.tap for point in graph.sums if point.tap is not None}
+        groups = [observed(graph, group) for group in graph.groups()]
+        sizes = {name: len(position) for group in groups for name, position in group.members.items()}
+        return {
+            name: Watched(taps.get(name, Tap(name)), StreamingCovariance(size, sync_on_compute=False), spatial_max)
+            for name, size in sizes.items()
+            if name in modules or name in taps
+        }
+
+    @override
+    def rank(
+        self, model: nn.Module, graph: ChannelGraph, watched: Mapping[str, Watched]
+    ) -> tuple[dict[str, GroupSpectrum], dict[str, str]]:
+        return group_spectra(graph, {name: cast(StreamingCovariance, what.metric) for name, what in watched.items()})
+
+    @override
+    def own_widths(self, rankings: Rankings) -> tuple[dict[str, int], str]:
+        return {name: pfa.kl_width(found.spectrum) for name, found in rankings.items()}, "kl"
+
+    @override
+    def widths(self, rankings: Rankings, knob: float) -> dict[str, int]:
+        return {name: pfa.energy_width(found.spectrum, knob) for name, found in rankings.items()}
+
+    @override
+    def steps(self, rankings: Rankings) -> Sequence[float]:
+        sums = [found.spectrum.cumsum(0).clamp(max=1).numpy() for found in rankings.values()]
+        return [float(step) for step in np.unique(np.concatenate([[1.0], *sums]))]
+
+    @override
+    def figures(self, rankings: Rankings, kept: Mapping[str, int]) -> dict[str, Figure]:
+        return {"spectra": plot_spectra({name: found.spectrum for name, found in rankings.items()}, kept)}
 
 
 def group_spectra(
@@ -62,22 +87,18 @@ def group_spectra(
         Group name (of its first layer; ``"conv#2"`` for the second group that starts with it) to spectrum, and layer name to the
         reason why nothing is cut out of it.
     """
-    spectra: dict[str, GroupSpectrum] = {}
-    whole = {name: why for name in graph.layers if (why := graph.why_whole(name))}
-    read = _read_classes(graph)
-    for group in graph.groups():
+    spectra: list[GroupSpectrum] = []
+    groups, whole = sort_out(graph)
+    for group in groups:
         seen = observed(graph, group)
-        why = _unfit(seen, covariances) if read.intersection(group.classes.tolist()) else "no layer reads its channels"
+        why = _unfit(seen, covariances)
         pooled = None if why else pooled_covariance(seen, {name: covariances[name].compute() for name in seen.members})
         if pooled is None:
             whole |= dict.fromkeys(group.members, why or "its responses are constant on these data")
             continue
-        # A layer may be the first of several groups, if its channels are tied to different layers.
-        alike = sum(found.group.name == group.name for found in spectra.values())
-        spectra[f"{group.name}#{alike + 1}" if alike else group.name] = GroupSpectrum(
-            group, pfa.spectrum(pooled), pfa.removal_order(pooled).cpu(), len(pfa.inactive_filters(pooled))
-        )
-    return spectra, whole
+        order, inactive = pfa.removal_order(pooled).cpu(), len(pfa.inactive_filters(pooled))
+        spectra.append(GroupSpectrum(group, order, inactive, pfa.spectrum(pooled)))
+    return by_name(spectra), whole
 
 
 def sum_name(tap: Tap) -> str:
@@ -102,14 +123,6 @@ def observed(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:
     position = {channel_class: index for index, channel_class in enumerate(group.classes.tolist())}
     channels = np.array([position.get(channel_class, FIXED) for channel_class in point.channels.tolist()], dtype=np.int64)
     return ChannelGroup(group.classes, {sum_name(point.tap): channels})  # type: ignore[arg-type]  # sums without a tap are left out
-
-
-def _read_classes(graph: ChannelGraph) -> set[int]:
-    """Classes of channels that enter a weight. What no weight reads leaves the network, though the trace saw no output."""
-    read: set[int] = {source for pad in graph.pads for source in pad.sources.tolist()}
-    for use in graph.uses:
-        read.update(graph.tensors.get(use.weight, {}).get(use.in_dim, np.zeros(0)).tolist())
-    return read
 
 
 def pooled_covariance(group: ChannelGroup, covariances: Mapping[str, Tensor]) -> Tensor | None:

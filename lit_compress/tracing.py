@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.labels import FIXED, fixed, spread, to_numpy, vector_along
 from lit_compress.padding import PaddedBack
-from lit_compress.skips import PadPoint, SumPoint, Tap, Vector
+from lit_compress.skips import ActivationPoint, PadPoint, SumPoint, Tap, Vector
 
 # For each dimension of a tensor made from parameters: the (parameter or buffer, dimension) pairs that run along it.
 Origin: TypeAlias = tuple[frozenset[tuple[str, int]], ...]
@@ -70,6 +70,9 @@ class Trace(TorchDispatchMode):
         self.calls: Counter[str] = Counter()  # of each module
         self.refused: dict[str, str] = {}  # path of a module -> why its weight is not a layer's
         self.sums: list[SumPoint] = []  # with atoms in place of classes
+        self.activations: list[ActivationPoint] = []  # likewise
+        self.activation_taps: list[list[Tap]] = []  # where each can be seen
+        self.maxima: list[tuple[int, Vector]] = []  # channels whose maximum is taken, and how many activations were before
         self.pads: list[PadPoint] = []
         self._norms: dict[str, str] = {}  # weight of a layer -> the running mean of a batch norm that takes its output
         self._product: Any = WeakTensorKeyDictionary()  # output of a layer -> its weight
@@ -78,6 +81,7 @@ class Trace(TorchDispatchMode):
         self._own: list[tuple[int, int]] = []  # first atom and width of each use of a layer
         self._read: list[Vector] = []  # channels that entered a layer so far
         self._sum_of: Any = WeakTensorKeyDictionary()  # tensor -> index of the sum that it is
+        self._activation_of: Any = WeakTensorKeyDictionary()  # the same for activations
         self._ends: Any = WeakTensorKeyDictionary()  # tensor -> path of the innermost module that returned it last
         self._pinned: dict[tuple[str, int], str] = {}
         self._labels: Any = WeakTensorKeyDictionary()
@@ -186,13 +190,18 @@ class Trace(TorchDispatchMode):
         users = Counter(self._norms.values())
         return {weight: mean for weight, mean in self._norms.items() if self._taken[weight] == 1 == users[mean]}
 
-    # ---------------------------------------------------------------- skips
+    # ---------------------------------------------------------------- skips and activations
 
     def _see(self, value: Any, tap: Tap) -> None:
-        """A module takes or gives a tensor: if it is a sum, a hook can see it there."""
-        index = self._sum_of.get(value) if isinstance(value, Tensor) else None
+        """A module takes or gives a tensor: if it is a sum or an activation, a hook can see it there."""
+        if not isinstance(value, Tensor):
+            return
+        index = self._sum_of.get(value)
         if index is not None and self.sums[index].tap is None:
             self.sums[index] = replace(self.sums[index], tap=tap)
+        index = self._activation_of.get(value)
+        if index is not None:
+            self.activation_taps[index].append(tap)
 
     def _leave(self, module: nn.Module, path: str, output: Tensor) -> None:
         if path in self._pad_back and not isinstance(module, PaddedBack):

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
+from lit_compress.callbacks import PruningCallback
+from lit_compress.plan import plan_of
+
 EPOCHS, BATCHES = 7, 9  # the odd batch leaves half an accumulation at the end of each epoch
 
 
@@ -198,6 +201,28 @@ def everything(trainer, module) -> dict:
             "rng": rng_states(),
         }
     )
+
+
+class Draws(Callback):
+    """Draws how much to drop out at the start of each epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.body[-1].p = 0.1 + 0.1 * torch.rand(1).item() + 0.1 * np.random.rand() + 0.1 * random.random()
+
+
+def outcome(trainer, module):
+    """All that a run ends with, but for times."""
+    (pruning,) = (callback for callback in trainer.callbacks if isinstance(callback, PruningCallback))
+    return {
+        "weights": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "callback": without_times(pruning.state_dict()),
+        "metrics": dict(trainer.callback_metrics),
+        "steps": trainer.global_step,
+        "plan": plan_of(module),
+        "rng": rng_states(),
+    }
 
 
 class At(Callback):

@@ -257,9 +257,15 @@ def test_refuses_senseless_requests(options, text):
         analysed("chain")[1].recipe(**options)
 
 
-def test_knows_one_method():
-    with pytest.raises(ValueError, match="`method` must be 'pfa' but got 'magnitude'"):
-        analyze(chain(), [IMAGES], method="magnitude")
+def test_refuses_an_unknown_method_and_the_targets_of_others():
+    with pytest.raises(ValueError, match=r"one of \['magnitude', 'pfa', 'pib', 'slimming'\] or a Method but got 'none'"):
+        analyze(chain(), [IMAGES], method="none")
+    with pytest.raises(
+        ValueError, match="`keep_channels` is no target of pfa: give `energy`, `keep_params`, `keep_mult_adds` or"
+    ):
+        analyze(chain(), [IMAGES]).recipe(keep_channels=0.5)
+    with pytest.raises(ValueError, match="`energy` is no target of magnitude: give `keep_channels`"):
+        analyze(chain(), [IMAGES], method="magnitude").recipe(energy=0.5)
 
 
 # ---------------------------------------------------------------- responses

@@ -271,7 +271,7 @@ class FromConfig(LitClassifier):
 def test_a_later_format_is_refused_by_name(checkpoint):
     checkpoint["lit_compress"]["format"] = 9
     with pytest.raises(
-        ValueError, match="The checkpoint has format 9 but this version of lit-compress reads formats up to 1; upgrade"
+        ValueError, match="The checkpoint has format 9 but this version of lit-compress reads formats up to 2; upgrade"
     ):
         load_pruned(fresh(), checkpoint)
 

@@ -50,7 +50,13 @@ def test_trains_the_digits_without_any_setting(tmp_path):
 
     checkpoint = trainer.checkpoint_callback.best_model_path
     content = torch.load(checkpoint, weights_only=True)
-    assert content["hyper_parameters"] == {"num_classes": 10, "label_smoothing": 0.0, "scheduler_interval": "epoch"}
+    assert content["hyper_parameters"] == {
+        "num_classes": 10,
+        "label_smoothing": 0.0,
+        "scheduler_interval": "epoch",
+        "companions": None,
+        "input_dropout": 0.0,
+    }
     loaded = LitClassifier.load_from_checkpoint(checkpoint, net=LeNet300100(in_features=64)).eval()
     torch.testing.assert_close(loaded(images), logits)
 

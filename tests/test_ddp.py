@@ -17,12 +17,22 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, WeightedRandomSampler
 
 from lit_compress import Stopwatch, count_parameters, ranks
-from lit_compress.callbacks import CompressionMonitor, CRSWeightDecay, PFAPruning, pruning
+from lit_compress.callbacks import (
+    CompressionMonitor,
+    CRSWeightDecay,
+    PFAPruning,
+    PIBPruning,
+    SlimmingPruning,
+    VIBPruning,
+    pruning,
+)
+from lit_compress.gates import gates_of
 from lit_compress.layers import RankFactorizedLinear
-from lit_compress.statistics import StreamingMean, gather_covariances
+from lit_compress.selection import pib
+from lit_compress.statistics import StreamingEntropies, StreamingMean, gather_covariances
 from lit_compress.statistics.gather import in_order
 from tests.modules import (
     At,
@@ -127,6 +137,47 @@ def test_any_number_of_processes_gives_the_same_recipe_from_the_same_data(proces
                 assert found[name] == pytest.approx(ours[name], rel=1e-4), name
             assert found["val/total"] == pytest.approx(ours["val/total"] / size, rel=1e-4)
     assert len(list((tmp_path / "several").rglob("summary.json"))) == 1
+
+
+def vib_until_the_cut(folder, several):
+    """Gates and weights after two epochs on the same samples, on one rank in batches as large as those of all together."""
+    seed_everything(0, verbose=False)
+    torch.manual_seed(7)
+    model = Plain()
+    for norm in (model.net[1], model.net[4]):  # statistics of a batch would differ with its size
+        norm.eval(), norm.register_forward_pre_hook(lambda module, args: module.eval() and None)
+    callback = VIBPruning(at_epoch=2, kl_scale=1e-3, gate_lr=0.05, keep_params=0.6, evaluate=False)
+
+    def without_noise(trainer, module):
+        for gate in gates_of(module).of_noise().values():
+            gate.log_var.data.fill_(-60)
+            gate.mu.data.copy_(torch.linspace(0.8, 1.2, len(gate.mu)))
+
+    noiseless = At(0, without_noise)
+    seen = {}
+    cut_now = callback.cut_now
+
+    def watched(trainer, module):
+        seen.update(weights(module))
+        cut_now(trainer, module)
+
+    callback.cut_now = watched
+    trainer = ddp_trainer(
+        folder, noiseless, callback, max_epochs=3, precision="64-true", use_distributed_sampler=False
+    )  # Adam makes much of a rounding
+    mine = Subset(digits(0, 256), range(ranks.rank(), 256, ranks.world_size()))
+    trainer.fit(model, DataLoader(mine, 16 if several else 32), val_loader())
+    return seen, callback.reports[0].recipe.to_dict()
+
+
+def test_gates_take_the_step_of_the_averaged_gradient(processes, tmp_path):
+    alone, recipe = vib_until_the_cut(tmp_path / "one", several=False)
+    assert any("lit_compress_gates" in name for name in alone)
+    found = processes(2)(vib_until_the_cut, tmp_path / "several", True)
+    for weights_of_rank, theirs in found:
+        for name, value in alone.items():
+            torch.testing.assert_close(weights_of_rank[name], value, rtol=1e-6, atol=1e-8)
+        assert theirs == recipe
 
 
 def train_on(folder, batch, epochs, count, strategy):
@@ -456,28 +507,57 @@ def test_all_ranks_see_one_history_and_the_first_logs_it(processes, tmp_path):
 # ---------------------------------------------------------------- resuming
 
 
-def whole_and_resumed(folder, first, resume_at):
+class Sure(Theirs):
+    """With sigmoids, half of which are mostly sure."""
+
+    def __init__(self, width=12, rate=3e-3):
+        super().__init__(width, rate)
+        self.body[2], self.body[5] = nn.Sigmoid(), nn.Sigmoid()
+        for norm in (self.body[1], self.body[4]):
+            norm.weight.data[: width // 2] = torch.linspace(6, 30, width // 2)
+
+
+METHODS = {
+    "pfa": (Theirs, lambda: PFAPruning(at_epoch=3, energy=0.9)),
+    "slimming": (Theirs, lambda: SlimmingPruning(at_epoch=3, keep_params=0.5, strength=1e-2)),
+    "pib": (Sure, lambda: PIBPruning(at_epoch=3)),
+    "vib": (Theirs, lambda: VIBPruning(at_epoch=3, kl_scale=0.05, gate_lr=0.3, gate_weight_decay=0.1)),
+}
+
+
+def whole_and_resumed(folder, first, resume_at, method="pfa"):
+    kind, make = METHODS[method]
+
     def run(name, callbacks, ckpt_path=None):
         size = ranks.world_size()
-        return fit_theirs(folder / name, *callbacks, ckpt_path=ckpt_path, strategy="ddp", devices=size, precision="32-true")
+        options = {"ckpt_path": ckpt_path, "strategy": "ddp", "devices": size, "precision": "32-true"}
+        seed_everything(3, verbose=False)
+        return fit_theirs(folder / name, *callbacks, module=kind(), **options)
 
     if first:
         apart = At(0, lambda trainer, module: torch.rand(1 + ranks.rank()))  # Lightning seeds all ranks alike
-        module, trainer = run("whole", [PFAPruning(at_epoch=3, energy=0.9), apart, every_epoch(folder)])
+        module, trainer = run("whole", [make(), apart, every_epoch(folder)])
     else:
         path = str(folder / f"epoch={resume_at}.ckpt")
-        module, trainer = run("resumed", [PFAPruning(at_epoch=3, energy=0.9)], path)
+        module, trainer = run("resumed", [make()], path)
     state = without_times(trainer.callbacks[0].state_dict())
     return weights(module), trainer.optimizers[0].state_dict(), state, rng_states()
 
 
-def test_a_resumed_run_of_two_processes_ends_bit_for_bit_as_one_that_never_stopped(processes, tmp_path):
-    whole = processes(2)(whole_and_resumed, tmp_path, True, None)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_of_two_processes_ends_bit_for_bit_as_one_that_never_stopped(method, processes, tmp_path):
+    whole = processes(2)(whole_and_resumed, tmp_path, True, None, method)
     assert not same(whole[0][3], whole[1][3])  # each rank draws its own random numbers
+    assert same(*(only_weights_that_ranks_share(theirs[0]) for theirs in whole))
+    assert min(len(kept) for kept in whole[0][2]["reports"][0]["recipe"]["keep"].values()) < 12
     for epoch in (2, 4):  # before the cut and after it
-        resumed = processes(2)(whole_and_resumed, tmp_path, False, epoch)
+        resumed = processes(2)(whole_and_resumed, tmp_path, False, epoch, method)
         for theirs, ours in zip(resumed, whole, strict=True):
             assert same(theirs, ours)
+
+
+def test_a_run_resumed_with_fewer_processes_says_so(processes, tmp_path):
+    processes(2)(whole_and_resumed, tmp_path, True, None)
     seed_everything(3, verbose=False)
     with pytest.warns(UserWarning, match=r"PFAPruning does not restore .* those of 2 process\(es\) and the Trainer has 1"):
         fit_theirs(tmp_path, PFAPruning(at_epoch=3, energy=0.9), ckpt_path=str(tmp_path / "epoch=4.ckpt"), precision="32-true")
@@ -626,6 +706,20 @@ def test_refuses_processes_that_hand_their_weights_back(start):
 def test_refuses_a_communication_hook_that_keeps_a_state():
     with pytest.raises(MisconfigurationException, match="keeps a state, dict, of the gradients' sizes"):
         PFAPruning().setup(_trainer_of(DDPStrategy(ddp_comm_state={})), Small(), "fit")
+
+
+def _entropies_of_a_share():
+    q = torch.rand(20, 3, 2, generator=torch.Generator().manual_seed(0))
+    metric = StreamingEntropies(shape=(3, 2))
+    metric.update(q[:13] if ranks.rank() else q[13:])
+    return metric.compute()
+
+
+def test_entropies_of_two_ranks_are_those_of_one(processes):
+    q = torch.rand(20, 3, 2, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([pib.entropies(q).noise, pib.entropies(q).marginal, pib.entropies(q, "exact").marginal])
+    for found in processes(2)(_entropies_of_a_share):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------- weight decay of compressed layers

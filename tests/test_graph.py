@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 from lit_compress import Recipe, cut
 from lit_compress.graph import trace
 from lit_compress.models import ResNetCIFAR, ZeroPadShortcut
+from lit_compress.skips import Tap
 
 IMAGES = (2, 3, 6, 6)
 
@@ -707,3 +708,49 @@ def test_tracing_leaves_no_trace():
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert id(tensor) == tensors[name][0]
         assert torch.equal(tensor, tensors[name][1])
+
+
+# ---------------------------------------------------------------- activations
+
+
+class Functional(nn.Module):
+    """The first activation is seen where the next layer takes it, the second by its module, which runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3), nn.Linear(5, 6)
+        self.norm, self.unit, self.last = nn.BatchNorm2d(4), nn.Sigmoid(), nn.Linear(6, 2)
+
+    def forward(self, images):
+        maps = nn.functional.max_pool2d(nn.functional.relu(self.norm(self.first(images))), 2)
+        return self.last(self.unit(self.third(self.unit(self.second(maps)).amax((2, 3)))))
+
+
+def test_activations_are_found_where_hooks_see_them():
+    torch.manual_seed(0)
+    network = Functional()
+    graph = trace(network, lambda: network(torch.rand(2, 1, 12, 12)))
+    found = {group.name: graph.activation_of(group) for group in graph.groups()}
+    assert {name: (point.function, point.dim, point.shape, point.tap) for name, point in found.items()} == {
+        "first": ("relu", 1, (2, 4, 10, 10), None),  # the pool is a function, too
+        "second": ("sigmoid", 1, (2, 5, 3, 3), Tap("unit", call=0)),
+        "third": ("sigmoid", 1, (2, 6), Tap("last", "input")),
+    }
+    for name, point in found.items():
+        assert point.channels.tolist() == graph.layers[name].classes.tolist()
+    assert [len(found[name].pooled) for name in ("first", "second", "third")] == [4, 5, 0]
+
+
+def test_tied_layers_have_no_activation_of_their_own():
+    network = Tied()
+    graph = trace(network, lambda: network(torch.rand(1, 3)))
+    assert [graph.activation_of(group) for group in graph.groups()] == [None]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out((self.one(x) + self.two(x)).relu())

@@ -262,7 +262,7 @@ def test_the_dots_of_a_cut_stand_at_the_channels_kept(tmp_path, monkeypatch):
         drawn.append((spectra, kept))
         return Figure()
 
-    monkeypatch.setattr("lit_compress.callbacks.outcome.plot_spectra", plot)
+    monkeypatch.setattr("lit_compress.spectra.plot_spectra", plot)
 
     class Halves(Small):
         def __init__(self):

@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_compress import Recipe, analyze, count_mult_adds, count_parameters, cut
-from lit_compress.callbacks import CompressionMonitor, PFAPruning, monitor
+from lit_compress.callbacks import CompressionMonitor, PFAPruning
 from lit_compress.cli import main
 from lit_compress.graph import trace
 from lit_compress.history import Gauge, Moment, SizeHistory, Sizes
 from lit_compress.models import ResNetCIFAR
-from lit_compress.pictures import plot_history
+from lit_compress.pictures import plot_history, plot_spectra
 from lit_compress.plan import plan_of
 from tests.modules import At, Small, Theirs, everything, fit_theirs, new_trainer, same, small_loaders, train_loader, val_loader
 
@@ -417,8 +417,7 @@ def test_a_second_run_begins_a_new_history(tmp_path):
 
 def test_spectra_are_drawn_every_so_many_epochs_with_the_widths_that_pfa_kl_would_keep(tmp_path, monkeypatch):
     drawn = []
-    plot = monitor.plot_spectra
-    monkeypatch.setattr(monitor, "plot_spectra", lambda *args: (drawn.append(args), plot(*args))[1])
+    monkeypatch.setattr("lit_compress.spectra.plot_spectra", lambda *args: (drawn.append(args), plot_spectra(*args))[1])
     module = Small()
     watch = CompressionMonitor(spectra_every_n_epochs=2, max_samples=50)
     new_trainer(tmp_path, watch, max_epochs=4).fit(module, *small_loaders())

@@ -2,11 +2,9 @@
 
 import copy
 import pickle
-import random
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -19,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torchvision import transforms
 
 from lit_compress import Recipe, count_mult_adds, count_parameters, load_pruned
-from lit_compress.callbacks import PFAPruning, PruningCallback
+from lit_compress.callbacks import PFAPruning
 from lit_compress.modules import PrunableMixin
 from lit_compress.plan import plan_of
 from tests.modules import (
     EPOCHS,
     At,
+    Draws,
     Small,
     Theirs,
     digits,
@@ -32,38 +31,15 @@ from tests.modules import (
     fit_theirs,
     leaving_no_trace,
     new_trainer,
-    rng_states,
+    outcome,
     same,
     small_loaders,
     train_loader,
     val_loader,
     vectors,
-    without_times,
 )
 
 CUTS = {"energy": 0.9, "every_n_epochs": 2, "max_cuts": 2}  # before epochs 2 and 4
-
-
-class Draws(Callback):
-    """Draws how much to drop out at the start of each epoch."""
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        pl_module.body[-1].p = 0.1 + 0.1 * torch.rand(1).item() + 0.1 * np.random.rand() + 0.1 * random.random()
-
-
-def outcome(trainer, module):
-    """All that a run ends with, but for times."""
-    (pruning,) = (callback for callback in trainer.callbacks if isinstance(callback, PruningCallback))
-    return {
-        "weights": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
-        "callback": without_times(pruning.state_dict()),
-        "metrics": dict(trainer.callback_metrics),
-        "steps": trainer.global_step,
-        "plan": plan_of(module),
-        "rng": rng_states(),
-    }
 
 
 @pytest.fixture(scope="module", params=["after the epoch", "after its validation"])
@@ -210,7 +186,7 @@ def test_a_checkpoint_of_another_cut_is_refused(run, tmp_path):
 
 def test_a_later_format_is_refused_by_name(run, tmp_path):
     content = torch.load(run.last, weights_only=True)
-    content["lit_compress"]["format"] = 2
+    content["lit_compress"]["format"] = 9
     torch.save(content, tmp_path / "later.ckpt")
     for load in (
         lambda: load_pruned(Theirs, tmp_path / "later.ckpt"),

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_compress import count_parameters, load_pruned
-from lit_compress.callbacks import PFAPruning
+from lit_compress.callbacks import MagnitudePruning, PFAPruning, PIBPruning, SlimmingPruning, VIBPruning
+from lit_compress.callbacks.companions import optimizers_of
+from lit_compress.callbacks.fallback import Kept
 from lit_compress.callbacks.recovery import Recovery
 from lit_compress.datamodules import DigitsDataModule, MNISTDataModule
 from lit_compress.models import LeNet5, SimpleCNN
@@ -100,6 +102,14 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), self.rate)
+
+
+class Sigmoids(Classifier):
+    """The same with sigmoids, which learn more slowly."""
+
+    def __init__(self):
+        super().__init__(rate=1e-2)
+        self.net[3], self.net[5] = nn.Sigmoid(), nn.Sigmoid()
 
 
 class Frozen(Classifier):
@@ -220,6 +230,67 @@ def test_several_cuts_share_one_bound(tmp_path):
     module, _ = fit(tmp_path, *noting(callback, before), epochs=14)
     assert accuracy(module) >= before[0] - 0.02
     assert count_parameters(module) < count_parameters(Classifier())
+
+
+BEST = {"monitor": "val/accuracy", "mode": "max", "patience": 1}
+METHODS = {
+    "magnitude": (Classifier, lambda: MagnitudePruning(keep_params=0.05, at_epoch=2, max_drop=1.0, **BEST)),
+    "slimming": (Classifier, lambda: SlimmingPruning(keep_params=0.12, at_epoch=2, max_drop=1.0, **BEST)),
+    "pib": (Sigmoids, lambda: PIBPruning(variant="C", marginal="exact", at_epoch=2, max_drop=1.0, **BEST)),
+    "vib": (Classifier, lambda: VIBPruning(keep_params=0.05, at_epoch=2, max_drop=1.0, **BEST)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_tries_a_milder_cut_also_in_a_resumed_run(method, tmp_path):
+    """VIB goes back to the network that its gates are folded into, and cuts again by what they had found."""
+    kind, make = METHODS[method]
+    callback, before = make(), []
+    module, trainer = fit(tmp_path, *noting(callback, before), module=kind())
+    (report,) = callback.reports
+    assert " of " + method in report.recipe.method
+    assert report.after.parameters == count_parameters(module) < count_parameters(kind())
+    assert accuracy(module) >= before[0] - 0.01
+    assert optimizers_of(trainer) == trainer.optimizers
+    assert set(module.state_dict()) == set(kind().state_dict())
+    assert "training_step" not in vars(module)
+    resumed, _ = fit(tmp_path / "again", make(), module=kind(), ckpt_path=tmp_path / "files" / "epoch=3.ckpt")
+    assert same(dict(resumed.state_dict()), dict(module.state_dict()))
+
+
+def test_pib_ends_training_once_no_cut_is_within_the_bound(tmp_path):
+    class Still(Frozen, Sigmoids):
+        pass
+
+    module = Still()
+    callback = PIBPruning(variant="C", marginal="exact", max_drop=0.0, **BEST)
+    with pytest.warns(UserWarning, match="No compression was possible"):
+        _, trainer = fit(tmp_path, callback, module=module, epochs=30)
+    assert plan_of(module) is None
+    assert callback.reports == []
+    assert trainer.current_epoch < 20
+    assert not callback.schedule.remaining
+
+
+def test_what_callbacks_optimize_themselves_goes_back_as_well(tmp_path):
+    callback, module = VIBPruning(at_epoch=2, kl_scale=0.1), Classifier()
+    found = {}
+
+    def go_back(trainer, module):
+        kept, states = Kept.of(trainer, module, []), copy.deepcopy(callback.own_optimizer.state_dict()["state"])
+        assert states
+        callback.own_optimizer.step(lambda: module.net(torch.rand(8, 64)).sum().backward())
+        found["changed"] = not same(callback.own_optimizer.state_dict()["state"], states)
+        kept.restore(trainer, module)
+        found["back"] = same(callback.own_optimizer.state_dict()["state"], states)
+
+    fit(tmp_path, At(1, go_back), callback, module=module, epochs=3)
+    assert found == {"changed": True, "back": True}
+
+
+def test_max_drop_of_another_callback_is_refused_beside_gates(tmp_path):
+    with pytest.raises(MisconfigurationException, match="`max_drop` of PFAPruning may go back to a network with gates"):
+        fit(tmp_path, pruning(), VIBPruning(at_epoch=4), epochs=6)
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,18 @@ def test_refuses_a_training_that_ends_before_the_cut(options, epochs, text):
 @pytest.mark.parametrize("options", [{"at_epoch": 5}, {"every_n_epochs": 7, "max_cuts": 1}, {"when": "converged"}], ids=str)
 def test_a_trigger_needs_no_end_of_training(options):
     CutSchedule(**options).resolve(-1)
+
+
+def test_a_closed_schedule_makes_no_further_cut_also_once_resumed():
+    schedule = CutSchedule(when="converged", max_cuts=9, patience=1)
+    for value in (1.0, 1.0):
+        schedule.watch({"val/loss": value})
+    assert schedule.due(2)
+    schedule.close()
+    resumed = CutSchedule(when="converged", max_cuts=9, patience=1)
+    resumed.load_state_dict(schedule.state_dict())
+    for one in (schedule, resumed):
+        assert not one.due(2)
+        assert one.remaining == 0
+    resumed.reset()
+    assert resumed.remaining == 9

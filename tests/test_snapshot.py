@@ -23,6 +23,25 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3))
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(nn.Conv2d(1, 5, 3), nn.Conv2d(5, 2, 1)), (nn.Conv2d(2, 5, 3), nn.Conv2d(5, 5, 3, groups=5))],
+    ids=["of one input", "depthwise"],
+)
+def test_a_convolution_that_was_cut_to_one_channel_is_what_it_was(first, second):
+    """Of one channel, a convolution and a depthwise one look alike."""
+    images = torch.rand(2, first.in_channels, 8, 8)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.LazyLinear(3))
+    before, described = model(images), repr(model)
+    snapshot = Snapshot.of(model)
+    for _ in range(2):
+        cut(model, Recipe(keep={"0": (3,)}), images)
+        assert model(images).shape == (2, 3)
+        snapshot.restore(model)
+        assert repr(model) == described
+        assert torch.equal(model(images), before)
+
+
 def step(model, optimizer):
     def closure():
         optimizer.zero_grad()

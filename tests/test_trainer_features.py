@@ -1,5 +1,7 @@
 """What else a Trainer offers goes on through a cut: compiled modules, gradient checkpointing, tuners, modes of validation."""
 
+import copy
+
 import pytest
 import torch
 from pytorch_lightning import LightningModule, seed_everything
@@ -9,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lit_compress import count_parameters
-from lit_compress.callbacks import PFAPruning
-from tests.modules import Small, every_epoch, new_trainer, same, small_loaders, vectors
+from lit_compress.callbacks import PFAPruning, VIBPruning
+from lit_compress.gates import gates_of
+from tests.modules import At, Small, every_epoch, new_trainer, same, small_loaders, vectors
 
 
 def fit(folder, module, *callbacks, **options):
@@ -32,6 +35,34 @@ def strict_compiler():
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("what", ["module", "network", "step"])
+def test_gates_come_and_go_in_a_compiled_module(what, strict_compiler, tmp_path):
+    """Compiled code knows the hooks that there were when it was compiled."""
+    trained = {}
+
+    def run(name, compile_it):
+        module = plain()
+        network = compile_it(module)
+        fit(tmp_path / name, network, max_epochs=1)
+        note = At(1, lambda trainer, module: trained.update({name: copy.deepcopy(gates_of(module).state_dict())}))
+        fit(tmp_path / name, network, note, VIBPruning(at_epoch=2, threshold=1e9), max_epochs=4)  # folds, and removes nothing
+        return module
+
+    def compiled(module):
+        if what == "module":
+            return torch.compile(module, backend="eager")
+        if what == "network":
+            module.net.compile(backend="eager")
+        else:
+            module.training_step = torch.compile(module.training_step, backend="eager")
+        return module
+
+    expected, found = run("plain", lambda module: module), run("compiled", compiled)
+    assert same(trained["compiled"], trained["plain"])
+    assert same(dict(found.state_dict()), dict(expected.state_dict()))
+    assert gates_of(found) is None
 
 
 @pytest.mark.parametrize("what", ["module", "network", "step"])

@@ -13,7 +13,7 @@ from lit_compress.callbacks import PFAPruning, PruningCallback
 from lit_compress.callbacks.steps import silent_step, step_stopwatch
 from lit_compress.checkpoint import load_pruned
 from lit_compress.commands.lightning import analysis_loader, configured
-from lit_compress.pictures import plot_spectra, plot_widths
+from lit_compress.pictures import plot_widths
 
 
 def main(args: Sequence[str]) -> None:
@@ -46,6 +46,7 @@ def main(args: Sequence[str]) -> None:
     analysis = analyze(
         model,
         loader,
+        method=pruning.method,
         forward_fn=silent_step,
         max_samples=pruning.max_samples,
         skips=pruning.skips,
@@ -59,7 +60,7 @@ def main(args: Sequence[str]) -> None:
     recipe.save(options.out / "recipe.json")
     (options.out / "layers.txt").write_text(f"{table}\n", encoding="utf-8")
     widths = {name: len(layer.classes) for name, layer in analysis.graph.layers.items()}
-    spectra = {name: found.spectrum for name, found in analysis.spectra.items()}
-    plot_spectra(spectra, analysis.kept(recipe)).savefig(options.out / "spectra.png", dpi=120)
-    plot_widths(widths, recipe.widths).savefig(options.out / "widths.png", dpi=120)
-    print(f"Written to {options.out}: recipe.json, layers.txt, spectra.png, widths.png")
+    figures = {**analysis.figures(recipe), "widths": plot_widths(widths, recipe.widths)}
+    for name, figure in figures.items():
+        figure.savefig(options.out / f"{name}.png", dpi=120)
+    print(f"Written to {options.out}: {', '.join(['recipe.json', 'layers.txt', *(f'{name}.png' for name in figures)])}")

@@ -1,4 +1,4 @@
-"""Drop-in layers with fewer parameters: compressed linear transforms, their pointwise convolutions, and cheap blocks."""
+"""Layers to put into a network: compressed linear transforms, their pointwise convolutions, cheap blocks, and gates."""
 
 from lit_compress.layers.acdc import ACDCConv1x1, ACDCLinear
 from lit_compress.layers.blocks import Bottleneck, GroupedPointwise, conv_block
@@ -9,6 +9,7 @@ from lit_compress.layers.shuffle import ShuffleConv1x1, ShuffleConv2d, ShuffleLi
 from lit_compress.layers.structured import StructuredLinear
 from lit_compress.layers.tensor_train import TensorTrainConv1x1, TensorTrainLinear
 from lit_compress.layers.tucker import TuckerConv1x1, TuckerLinear
+from lit_compress.layers.vib_gate import VIBGate
 
 __all__ = [
     "ACDCConv1x1",
@@ -28,5 +29,6 @@ __all__ = [
     "TensorTrainLinear",
     "TuckerConv1x1",
     "TuckerLinear",
+    "VIBGate",
     "conv_block",
 ]

@@ -1,5 +1,9 @@
 """The LightningModule that trains a network to classify."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
@@ -21,6 +25,7 @@ class LitClassifier(PrunableMixin, LightningModule):
     Batch: ``(samples (N, *), labels (N,) int64 below num_classes)``.
     Logs, each as the mean over an epoch and over ranks: ``train/loss``, ``val/loss``, ``test/loss`` (cross-entropy in nats; label
     smoothing counts in training alone) and ``train/accuracy``, ``val/accuracy``, ``test/accuracy`` (fraction of the samples).
+    With companions, ``train/companion_loss`` and so on (nats, the sum over companions) are logged beside, and not in ``loss``.
 
     Checkpoints hold weights and the plain numbers given here, so ``torch.load(weights_only=True)`` reads them. The network, the
     optimizer and the scheduler are not among those numbers: give them again to ``load_from_checkpoint``; a run of the command
@@ -35,9 +40,16 @@ class LitClassifier(PrunableMixin, LightningModule):
             follows its own ``monitor`` if it has one, as Lightning's does, and otherwise ``val/loss``.
         label_smoothing: Share of the target, in [0, 1], that is spread evenly over all classes in training.
         scheduler_interval: Whether the schedule steps after every epoch or every optimizer step, as ``OneCycleLR`` wants it.
+        companions: Deep supervision: path of a hidden module of ``net`` to the numbers that it gives for one sample. On each, a
+            linear classifier of its own is trained along, and its cross-entropy added to the loss. They belong to this module and
+            not to ``net``, and follow its cuts.
+        input_dropout: Share of the input's numbers that are set to 0 in training, the others scaled up, in [0, 1).
 
     Raises:
-        ValueError: If a number is out of range, or the network's output is not ``num_classes`` wide.
+        ValueError: If a number is out of range, the network's output is not ``num_classes`` wide, or a companion's module is none
+            of its modules or gives another number.
+
+    Source of the companions: Lee et al., *Deeply-Supervised Nets*, 2015, as PIBprune uses them.
 
     Example:
         >>> from lit_compress.datamodules import DigitsDataModule
@@ -56,8 +68,14 @@ class LitClassifier(PrunableMixin, LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         scheduler_interval: Interval = "epoch",
+        companions: Mapping[str, int] | None = None,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= input_dropout < 1:
+            raise ValueError(f"Argument `input_dropout` must lie in [0, 1) but got {input_dropout}.")
+        if unknown := sorted(set(companions or ()) - dict(net.named_modules()).keys()):
+            raise ValueError(f"Argument `companions` names {unknown}, which are no modules of the network.")
         if num_classes < 2:
             raise ValueError(f"Argument `num_classes` must be at least 2 but got {num_classes}.")
         if not 0 <= label_smoothing <= 1:
@@ -70,6 +88,9 @@ class LitClassifier(PrunableMixin, LightningModule):
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
         self.scheduler_interval = scheduler_interval
+        self.input_dropout = input_dropout
+        self.supervised = tuple(companions or ())
+        self.companions = nn.ModuleList(nn.Linear(width, num_classes) for width in (companions or {}).values())
         self.train_accuracy = _accuracy(num_classes)
         self.val_accuracy = _accuracy(num_classes)
         self.test_accuracy = _accuracy(num_classes)
@@ -103,7 +124,10 @@ class LitClassifier(PrunableMixin, LightningModule):
 
     def _step(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0) -> Tensor:
         samples, labels = batch
-        logits = self(samples)
+        if self.training and self.input_dropout:
+            samples = F.dropout(samples, self.input_dropout)
+        with _listening(self.net, self.supervised) as hidden:
+            logits = self(samples)
         if logits.shape != (len(labels), self.num_classes):
             raise ValueError(
                 f"Expected logits of shape {(len(labels), self.num_classes)}, as `num_classes={self.num_classes}` says, but the "
@@ -115,7 +139,38 @@ class LitClassifier(PrunableMixin, LightningModule):
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
         # A metric adds up over ranks by itself.
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
-        return loss
+        if not self.supervised:
+            return loss
+        # In validation as well: an analysis follows the channels through it.
+        added = torch.stack([
+            F.cross_entropy(self._companion(companion, name, hidden[name]), labels, label_smoothing=label_smoothing)
+            for name, companion in zip(self.supervised, self.companions, strict=True)
+        ]).sum()  # fmt: skip
+        self.log(f"{split}/companion_loss", added, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
+        return loss + added
+
+    def _companion(self, companion: nn.Module, name: str, hidden: Tensor) -> Tensor:
+        numbers, expected = hidden.flatten(1), cast(Tensor, companion.weight).shape[1]
+        if numbers.shape[1] != expected:
+            raise ValueError(f"Module {name!r} gives {numbers.shape[1]} numbers a sample, but `companions` says {expected}.")
+        logits: Tensor = companion(numbers)
+        return logits
+
+
+@contextmanager
+def _listening(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What modules of a network give inside the context, by name; the network keeps no hook."""
+    seen: dict[str, Tensor] = {}
+
+    def listen(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, inputs, output: seen.update({name: output})
+
+    handles = [net.get_submodule(name).register_forward_hook(listen(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _accuracy(num_classes: int) -> MulticlassAccuracy:

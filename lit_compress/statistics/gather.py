@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torchmetrics import Metric
 
 from lit_compress import ranks, rng
 from lit_compress.compiled import eagerly
@@ -59,14 +61,61 @@ def gather_covariances(
         ValueError: If a response is not finite, naming the layer, if there is no batch, or if another rank fails.
     """
     covariances = {name: StreamingCovariance(channels, sync_on_compute=False) for name, channels in layers.items()}
+    watched = {name: Watched((taps or {}).get(name, Tap(name)), metric, spatial_max) for name, metric in covariances.items()}
+    gather(model, batches, watched, run, max_samples=max_samples, means=means)
+    return covariances
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A tensor inside a network and the metric that it fills.
+
+    Args:
+        tap: Where it is found.
+        metric: Updated with it after each batch, its channels in the second dimension.
+        summary: What the metric is to see of it, taken right away; a tensor of its own, or the very tensor.
+        dim: The dimension of its channels. None for a layer's own responses, whose weight tells.
+    """
+
+    tap: Tap
+    metric: Metric
+    summary: Callable[[Tensor], Tensor] = lambda value: value
+    dim: int | None = None
+
+
+def gather(
+    model: nn.Module,
+    batches: Iterable[Any],
+    watched: Mapping[str, Watched],
+    run: Callable[[Any], Any],
+    *,
+    max_samples: int | None = None,
+    means: Mapping[str, StreamingMean] | None = None,
+) -> int:
+    """Fill metrics from one pass in evaluation mode that leaves the network as it was.
+
+    Args:
+        model: The network.
+        batches: Inputs; this rank's share of them.
+        watched: Name of a layer, for errors, to what is looked at.
+        run: Runs the network on a batch.
+        max_samples: As for :func:`gather_covariances`, and the rest as there.
+        means: As there.
+
+    Returns:
+        The samples that all ranks have seen.
+
+    Raises:
+        ValueError: As :func:`gather_covariances`.
+    """
     # One batch's responses, added after its forward: between the layers, from a cold cache, that takes several times as long.
     responses: list[tuple[str, Tensor]] = []
 
     def respond(name: str, output: Tensor) -> None:
         with _naming(name):
-            maxima = spatial_max(output)
+            summary = watched[name].summary(output)
         # The network may go on to change the output in place.
-        responses.append((name, maxima.clone() if maxima is output else maxima))
+        responses.append((name, summary.clone() if summary is output else summary))
 
     def average(name: str, value: Tensor) -> None:
         with _naming(name):
@@ -78,15 +127,15 @@ def gather_covariances(
         stack.enter_context(eagerly())
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        watches = [_Watch(model, (taps or {}).get(name, Tap(name)), partial(respond, name)) for name in layers]
+        watches = [_Watch(model, what.tap, partial(respond, name), what.dim) for name, what in watched.items()]
         watches += [_Watch(model, Tap(name, "input"), partial(average, name)) for name in means or ()]
         for watch in watches:
             stack.callback(watch.handle.remove)
         for batch in batches:
             run(batch)
-            for name, maxima in responses:
+            for name, summary in responses:
                 with _naming(name):
-                    covariances[name].update(maxima)
+                    watched[name].metric.update(summary)
             responses.clear()
             for watch in watches:
                 watch.calls = 0
@@ -94,13 +143,13 @@ def gather_covariances(
             if max_samples is not None and seen >= max_samples:
                 break
     with ranks.as_one():
-        if sum(ranks.share(seen)) == 0:
+        if (together := sum(ranks.share(seen))) == 0:
             raise ValueError("The analysis needs data, but the loader gave no batch.")
-        _add_up([*covariances.items(), *(means or {}).items()])
-    return covariances
+        _add_up([*((name, what.metric) for name, what in watched.items()), *(means or {}).items()])
+    return together
 
 
-def _add_up(metrics: Sequence[tuple[str, StreamingCovariance | StreamingMean]]) -> None:
+def _add_up(metrics: Sequence[tuple[str, Metric]]) -> None:
     """Let each metric hold what all ranks have seen; merged in the same order on each, to the same bits."""
     if ranks.world_size() == 1:
         return
@@ -117,9 +166,9 @@ def _add_up(metrics: Sequence[tuple[str, StreamingCovariance | StreamingMean]]) 
 class _Watch:
     """A hook on a tap, which hands on what it sees with the channels in the second dimension."""
 
-    def __init__(self, model: nn.Module, tap: Tap, see: Callable[[Tensor], None]) -> None:
+    def __init__(self, model: nn.Module, tap: Tap, see: Callable[[Tensor], None], dim: int | None = None) -> None:
         module = model.get_submodule(tap.module)
-        self._tap, self._see = tap, see
+        self._tap, self._see, self._dim = tap, see, dim
         weight = getattr(module, "weight", None)
         self._channels_last = tap.call is None and isinstance(weight, Tensor) and weight.ndim == 2
         self.calls = 0  # of the module, in this batch
@@ -133,7 +182,8 @@ class _Watch:
 
     def _look(self, value: Tensor) -> None:
         if self._tap.call in (None, self.calls):
-            self._see(value.movedim(-1, 1) if self._channels_last and value.ndim > 2 else value)
+            dim = self._dim if self._dim is not None else -1 if self._channels_last else 1
+            self._see(value.movedim(dim, 1) if value.ndim > 2 else value)
         self.calls += 1
 
 

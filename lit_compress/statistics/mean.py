@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from typing_extensions import override
 
+from lit_compress.statistics.sums import SumMetric
 
-class StreamingMean(Metric):
+
+class StreamingMean(SumMetric):
     """Mean of each channel over samples and positions, in float64.
 
     Args:
@@ -31,10 +32,6 @@ class StreamingMean(Metric):
         tensor([1., 1.], dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-
     count: Tensor
     total: Tensor
 
@@ -54,26 +51,6 @@ class StreamingMean(Metric):
         means = values.detach().flatten(2).mean(2, dtype=precision) if values.ndim > 2 else values.detach()
         self.total = self.total + means.sum(0, dtype=torch.float64).to(self.total.device)
         self.count = self.count + len(values)
-
-    @override
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric has seen, which stays as it is.
-
-        Args:
-            incoming_state: Metric of as many channels, or its ``metric_state``.
-
-        Raises:
-            ValueError: If it is something else, or has another number of channels.
-        """
-        state = incoming_state.metric_state if isinstance(incoming_state, StreamingMean) else incoming_state
-        if not isinstance(state, dict) or not self._defaults.keys() <= state.keys():
-            raise ValueError(f"Expected a StreamingMean or its `metric_state` but got {type(incoming_state).__name__}.")
-        count, total = (torch.as_tensor(state[name]).to(self.total) for name in ("count", "total"))
-        if total.shape != self.total.shape:
-            raise ValueError(f"Expected a mean of {self.channels} channels but got one of {total.shape[-1]}.")
-        self.count, self.total = self.count + count, self.total + total
-        self._update_count += 1
-        self._computed = None
 
     @override
     def compute(self) -> Tensor:

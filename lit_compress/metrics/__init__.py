@@ -1,0 +1,5 @@
+"""Figures that say how good, or how small, a network is."""
+
+from lit_compress.metrics.compression import CompressionRatios
+
+__all__ = ["CompressionRatios"]
