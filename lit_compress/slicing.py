@@ -38,15 +38,15 @@ _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
         },
     ),
 )
-_DEPTHWISE = "_lit_compress_depthwise"
+_DEPTHWISE = "_lit_compress_depthwise"  # on one that is cut to one channel: it looks like any other, and may be widened again
 
 
 def _convolution_sizes(conv: nn.modules.conv._ConvNd) -> dict[str, int]:
-    out_channels, groups = conv.weight.shape[0], conv.groups
-    if groups == conv.in_channels == conv.out_channels and (groups > 1 or _DEPTHWISE in vars(conv)):
-        vars(conv)[_DEPTHWISE] = True  # cut to one channel it looks like any other, and it may be widened again
-        groups = out_channels
-    return {"out_channels": out_channels, "in_channels": conv.weight.shape[1] * groups, "groups": groups}
+    out_channels = conv.weight.shape[0]
+    depthwise = conv.groups == conv.in_channels == conv.out_channels and (conv.groups > 1 or _DEPTHWISE in vars(conv))
+    groups = out_channels if depthwise else conv.groups
+    sizes = {"out_channels": out_channels, "in_channels": conv.weight.shape[1] * groups, "groups": groups}
+    return sizes | {_DEPTHWISE: True} if depthwise and groups == 1 else sizes
 
 
 def _norm_sizes(norm: nn.modules.batchnorm._NormBase) -> dict[str, int]:
@@ -76,20 +76,23 @@ class _Undo:
 
     def __init__(self) -> None:
         self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._attributes: list[tuple[nn.Module, str, int]] = []
+        self._attributes: list[tuple[nn.Module, str, int | None]] = []
 
     def remember(self, tensor: Tensor) -> None:
         """Keep the present storage and gradient of a tensor."""
         self._tensors.append((tensor, tensor.data, tensor.grad))
 
     def remember_attribute(self, module: nn.Module, name: str) -> None:
-        """Keep the present value of a module's attribute."""
-        self._attributes.append((module, name, getattr(module, name)))
+        """Keep the present value of a module's own attribute, or that it has none."""
+        self._attributes.append((module, name, vars(module).get(name)))
 
     def __call__(self) -> None:
         """Put everything back."""
         for module, name, value in reversed(self._attributes):
-            setattr(module, name, value)
+            if value is None:
+                vars(module).pop(name, None)
+            else:
+                setattr(module, name, value)
         for tensor, data, grad in reversed(self._tensors):
             tensor.grad = None
             set_data(tensor, data)

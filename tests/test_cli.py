@@ -73,6 +73,17 @@ def test_analyze_says_what_a_cut_would_do_and_changes_nothing(run, tmp_path, cap
     assert {path.name for path in (tmp_path / "what").iterdir()} == {"recipe.json", "layers.txt", "spectra.png", "widths.png"}
 
 
+@pytest.mark.filterwarnings("ignore:.*lie between 0.1 and 0.9")
+def test_analyze_goes_by_the_method_of_the_config(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["analyze", "--config", str(DIGITS.with_name("pib_digits.yaml")), "--out", "what", "--data.train_size", "256"])
+    assert "scores.png" in capsys.readouterr().out
+    assert Recipe.load(tmp_path / "what" / "recipe.json").method == "pib(variant=A, marginal=jensen)"
+    with pytest.raises(SystemExit):
+        main(["analyze", "--config", str(DIGITS.with_name("vib_digits.yaml")), "--data.train_size", "256"])
+    assert "VIBPruning goes by its gates" in capsys.readouterr().err
+
+
 def test_shrink_cuts_a_file_that_training_goes_on_from(run, tmp_path, capsys):
     source, out = checkpoint_of(run), tmp_path / "deep" / "small.ckpt"
     recipe = tmp_path / "again.json"

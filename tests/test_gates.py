@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lit_compress import Recipe, cut, load_pruned
+from lit_compress import Recipe, cut, load_pruned, shrink_checkpoint
 from lit_compress.checkpoint import write_plan
 from lit_compress.gates import (
     CHILD,
@@ -256,6 +256,33 @@ def test_a_checkpoint_builds_gates_again(stage):
     assert [gate.threshold for gate in gates_of(again).values() if isinstance(gate, VIBGate)] == [
         gate.threshold for gate in gates_of(network).values() if isinstance(gate, VIBGate)
     ]
+
+
+def test_a_run_that_starts_from_a_recipe_makes_room_for_what_was_folded_and_cut_since():
+    start, further = Recipe(keep={"conv1": tuple(range(10))}), Recipe(keep={"conv1": (0, 2, 5), "fc1": tuple(range(100))})
+    network, inputs, _ = gated("LeNet-5")
+    remove_gates(network)
+    cut(network, start, inputs)
+    gates = put_gates(network, find_sites(trace(network, lambda: network(inputs)))[0].values())
+    gates["conv1"].mu.data[::2] *= -1  # before a max-pool, so that signs stay
+    fold_gates(network, trace(network, lambda: network(inputs)), inputs, call)
+    cut(network, further, inputs)
+    checkpoint = {"state_dict": network.state_dict()}
+    write_plan(network, checkpoint)
+    again = LeNet5().eval()
+    cut(again, start, inputs)
+    load_pruned(again, checkpoint)
+    assert len(gates_of(again)["conv1"].signs) == 3
+    assert torch.equal(again(inputs), network(inputs))
+    assert plan_of(again) == plan_of(network)
+
+
+def test_a_checkpoint_with_gates_that_are_trained_is_not_shrunk():
+    network, inputs, _ = gated("LeNet-5")
+    checkpoint = {"state_dict": network.state_dict()}
+    write_plan(network, checkpoint)
+    with pytest.raises(ValueError, match=r"holds gates that are still being trained.* Let VIBPruning fold them first"):
+        shrink_checkpoint(LeNet5(), checkpoint, Recipe(keep={"conv1": (0, 1)}), inputs)
 
 
 def test_a_fold_after_a_cut_leaves_no_gate_in_the_plan():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_compress import Recipe, Stopwatch, analyze, cut
-from lit_compress.callbacks import PFAPruning, PruningCallback
+from lit_compress.callbacks import MagnitudePruning, PFAPruning, PruningCallback, VIBPruning
 from lit_compress.latency import Comparison, widest_within
 from lit_compress.models import ResNetCIFAR
 from lit_compress.report import Latency
@@ -339,6 +339,16 @@ def test_two_cuts_are_measured_against_the_original_also_when_resumed(tmp_path):
     assert first.before.latency.median > 8
     assert second.before.latency.median == pytest.approx(first.after.latency.median, rel=0.3)
     assert first.batch_size == 32
+
+
+@pytest.mark.usefixtures("_briefly")
+@pytest.mark.parametrize("kind", [MagnitudePruning, VIBPruning])
+def test_other_methods_take_a_time_as_well(kind, tmp_path):
+    pruning = kind(keep_latency=0.5, at_epoch=1)
+    module = fit_slow(tmp_path, pruning)
+    (report,) = pruning.reports
+    assert "keep_latency=0.5" in report.recipe.method
+    assert 1 < module.net[0].out_features < 12  # how well a time is met, other tests say
 
 
 class To(PruningCallback):

@@ -193,7 +193,7 @@ def test_a_later_format_is_refused_by_name(run, tmp_path):
         lambda: Ours.load_from_checkpoint(tmp_path / "later.ckpt"),
         lambda: new_trainer(tmp_path, PFAPruning(**CUTS)).validate(Theirs(), val_loader(), ckpt_path=tmp_path / "later.ckpt"),
     ):
-        with pytest.raises(ValueError, match="has format 2 but this version of lit-compress reads formats up to 1; upgrade"):
+        with pytest.raises(ValueError, match="has format 9 but this version of lit-compress reads formats up to 2; upgrade"):
             load()
 
 
