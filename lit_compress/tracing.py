@@ -6,7 +6,7 @@ What each operation does to labels is in :mod:`lit_compress.operations`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -23,8 +23,9 @@ from lit_compress.labels import FIXED, fixed, spread, to_numpy, vector_along
 from lit_compress.padding import PaddedBack
 from lit_compress.skips import PadPoint, SumPoint, Tap, Vector
 
-# For each dimension of a tensor made from parameters: the (parameter or buffer, dimension) pairs that run along it.
-Origin: TypeAlias = tuple[frozenset[tuple[str, int]], ...]
+# The (parameter or buffer, dimension) pairs that run along a dimension of a tensor made from parameters.
+Axis: TypeAlias = frozenset[tuple[str, int]]
+Origin: TypeAlias = tuple[Axis, ...]
 
 # These compare their inputs with numbers of their own before anything else.
 _SIZES_CHECKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -40,6 +41,7 @@ class WeightUse:
         in_dim: Its dimension of input channels.
         positions: How many times each element is multiplied, over the whole batch traced.
         plain: Whether the parameter is used as it is, and not multiplied with another one (a mask, say).
+        groups: Into how many groups of one size the channels are parted.
     """
 
     weight: str
@@ -47,6 +49,20 @@ class WeightUse:
     in_dim: int
     positions: int
     plain: bool = True
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Supposition:
+    """Channels are parted, and the parts are supposed to shrink alike if a cut takes the same channels out of each.
+
+    Args:
+        atoms: The channels parted.
+        why: What to say of them if the forward turns out to part them by fixed numbers.
+    """
+
+    atoms: Vector
+    why: str
 
 
 class Trace(TorchDispatchMode):
@@ -68,9 +84,11 @@ class Trace(TorchDispatchMode):
         self.leaving: dict[str, bool] = {}  # weights in the order met -> whether the layer makes channels of its own
         self.called: set[str] = set()
         self.calls: Counter[str] = Counter()  # of each module
+        self.supposed: list[Supposition] = []
         self.refused: dict[str, str] = {}  # path of a module -> why its weight is not a layer's
         self.sums: list[SumPoint] = []  # with atoms in place of classes
         self.pads: list[PadPoint] = []
+        self.trained: tuple[str, ...] = ()  # modules that run further layers in training mode
         self._norms: dict[str, str] = {}  # weight of a layer -> the running mean of a batch norm that takes its output
         self._product: Any = WeakTensorKeyDictionary()  # output of a layer -> its weight
         self._taken: Counter[str] = Counter()  # weight of a layer -> how many operations take its output
@@ -79,6 +97,7 @@ class Trace(TorchDispatchMode):
         self._read: list[Vector] = []  # channels that entered a layer so far
         self._sum_of: Any = WeakTensorKeyDictionary()  # tensor -> index of the sum that it is
         self._ends: Any = WeakTensorKeyDictionary()  # tensor -> path of the innermost module that returned it last
+        self._known: set[str] = set()  # weights met before a run aside
         self._pinned: dict[tuple[str, int], str] = {}
         self._labels: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
@@ -126,6 +145,18 @@ class Trace(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Another run of the forward: it may tie and freeze and bring further layers, and is not counted."""
+        uses, kept = self.uses, (self.sums, self.calls, self._taken, self._norms)
+        self._known = set(self.made)
+        self.uses, self.sums, self.calls, self._taken, self._norms = [], [], Counter(), Counter(), {}
+        try:
+            yield
+        finally:
+            self.uses = uses + [replace(use, positions=0) for use in self.uses if use.weight not in self._known]
+            self.sums, self.calls, self._taken, self._norms = kept
+
     @property
     def path(self) -> str:
         """Path of the module that is running, or in which the forward failed."""
@@ -155,6 +186,19 @@ class Trace(TorchDispatchMode):
         met = met[met != FIXED]
         if len(met):
             self.frozen.append((met, why))
+
+    def freeze_new(self, why: str) -> None:
+        """Layers that only the run :meth:`aside` has met stay whole."""
+        for weight in self.made.keys() - self._known:
+            self.freeze(self.made[weight], why)
+
+    def suppose(self, labels: Tensor, parts: Sequence[Tensor], why: str) -> None:
+        """Labels are parted: the channels at the same place of all parts are cut together, if the parts shrink with a cut."""
+        first = parts[0].reshape(-1).numpy()
+        for part in parts[1:]:
+            self.tie(first, part.reshape(-1).numpy(), why)
+        atoms = np.unique(to_numpy(labels))
+        self.supposed.append(Supposition(atoms[atoms != FIXED], why))
 
     def meet(self, axis: Iterable[tuple[str, int]], vector: Vector, why: str) -> None:
         """Parameters that run along `axis` have these channels there."""
