@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lit_compress.labels import FIXED, aligned, collapsed, fixed, splits, spread, varies, vector_along
@@ -114,6 +115,10 @@ class LabelMode(Trace):
             return self._index_copy
         if name == "as_strided_":
             return self._strides
+        if name == "glu":
+            return self._gated
+        if name in ("channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle"):
+            return self._shuffled
         if name in _NO_EFFECT:
             return self._no_effect
         if name in _ALONG_DIM and "dim" in {argument.name for argument in func._schema.arguments}:
@@ -243,10 +248,12 @@ class LabelMode(Trace):
             tensor = call.bound.get(key)
             if tensor is None:
                 continue
+            tensor = self._repeated.get(tensor, tensor)
             if tensor not in self._origins or not self._origins[tensor][0]:
                 self.freeze(labels, f"the {key} of {self.where} is computed from other tensors")
             else:
-                self.meet(self._origins[tensor][0], vector.numpy().astype(np.int64), why)
+                for part in vector.numpy().astype(np.int64).reshape(-1, len(tensor)):
+                    self.meet(self._origins[tensor][0], part, why)
         mean = call.bound.get("running_mean")
         if x in self._product and mean is not None and mean in self._origins and len(self._origins[mean][0]) == 1:
             ((self._norms[self._product[x]], _),) = self._origins[mean][0]
@@ -258,7 +265,7 @@ class LabelMode(Trace):
         """A group is normalised by itself, so it goes or stays as one; :class:`torch.nn.GroupNorm` knows their number."""
         groups, labels = call.bound["group"], self._label(call.bound["input"])
         vector = None if labels is None else vector_along(labels, 1)
-        module = self._model.get_submodule(self.path)
+        module = self.module
         if vector is None or labels is None or groups == 1 or not isinstance(module, nn.GroupNorm) or module.weight is None:
             why = f"{call.name} in {self.where} normalises over all channels at once" if groups == 1 else ""
             return self._barrier(call, why)  # without a weight, nothing would tell the module of fewer channels
@@ -537,6 +544,9 @@ class LabelMode(Trace):
             axes = [origin[dim] for dim in call.bound["dims"]]
         elif call.name in ("unsqueeze", "squeeze"):
             return self._reshape_parameter(x, out)
+        elif call.name == "repeat" and isinstance(self.module, _InstanceNorm):
+            self._repeated[out] = x
+            return None
         elif call.name == "expand" or (call.name == "slice" and out.shape == x.shape):
             lead = out.ndim - x.ndim
             axes = [frozenset() if dim < lead or x.shape[dim - lead] == 1 else origin[dim - lead] for dim in range(out.ndim)]
@@ -556,7 +566,7 @@ class LabelMode(Trace):
 
     def _index_copy(self, call: _Call) -> None:
         """The scatter of a module that is padded back already; any other is not followed."""
-        module = self._model.get_submodule(self.path)
+        module = self.module
         if not isinstance(module, PaddedBack) or call.bound["index"] is not module.slots:
             return self._barrier(call)
         source = call.bound["source"]
@@ -566,6 +576,38 @@ class LabelMode(Trace):
             return self._barrier(call)
         positions = module.slots.cpu().numpy().astype(np.int64)
         self._scatter(self.path, call.first, vector.numpy().astype(np.int64), positions, present=True)
+        return None
+
+    def _gated(self, call: _Call) -> None:
+        """One half of the channels gates the other, however many they are."""
+        labels, dim = self._label(call.bound["self"]), call.bound["dim"]
+        if labels is None:
+            return self._barrier(call)
+        one, other = labels.chunk(2, dim)
+        why = f"they meet something of fixed size in {self.where} (glu)"
+        self.tie(one.reshape(-1).numpy(), other.reshape(-1).numpy(), why)
+        self._labels[call.first] = torch.where(one == FIXED, other, one)
+        return None
+
+    def _shuffled(self, call: _Call) -> None:
+        """Operations that part the channels into a number of groups, or join that number of them, whatever their count."""
+        x = call.bound["self"]
+        dim = 1 if "channel" in call.name else x.ndim - 3
+        labels = self._label(x)
+        vector = None if labels is None else vector_along(labels, dim)
+        if vector is None:
+            return self._barrier(call)
+        if call.name == "pixel_unshuffle":
+            result = vector.repeat_interleave(call.bound["downscale_factor"] ** 2)
+        else:
+            # A pixel shuffle lays neighbours out as positions of one channel; a channel shuffle deals the groups out in turn.
+            groups = len(vector) // call.bound["upscale_factor"] ** 2 if "pixel" in call.name else call.bound["groups"]
+            rows = vector.reshape(groups, -1)
+            first, *others = (rows.T if "pixel" in call.name else rows).numpy().astype(np.int64)
+            for other in others:
+                self.tie(first, other, f"{self.where} parts channels that meet something of fixed size ({call.name})")
+            result = rows[:, 0] if "pixel" in call.name else rows.T.reshape(-1)
+        self._labels[call.first] = spread(result, call.first.shape, dim)
         return None
 
     def _strides(self, call: _Call) -> None:

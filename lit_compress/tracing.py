@@ -101,6 +101,7 @@ class Trace(TorchDispatchMode):
         self._pinned: dict[tuple[str, int], str] = {}
         self._labels: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
+        self._repeated: Any = WeakTensorKeyDictionary()  # a parameter once for each sample -> that parameter
         self._computed: Any = WeakTensorKeyDictionary()  # tensors made from parameters that hold other values than they
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
@@ -161,6 +162,11 @@ class Trace(TorchDispatchMode):
     def path(self) -> str:
         """Path of the module that is running, or in which the forward failed."""
         return self._stack[-1][1]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is running."""
+        return self._model.get_submodule(self.path)
 
     @property
     def where(self) -> str:
