@@ -50,8 +50,8 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
                 draw(tensor, 0.5, 1.5)
             elif name == "running_mean" or name == "bias":
                 draw(tensor, -0.3, 0.3)
-            elif tensor.is_floating_point() and tensor.ndim < 2:
-                draw(tensor, 0.5, 1.5)
+            elif tensor.is_floating_point() and (tensor.ndim < 2 or bool((tensor == tensor.flatten()[0]).all())):
+                draw(tensor, 0.5, 1.5)  # also what begins as zeros or tiny, which would hide what it is multiplied with
     return model
 
 
