@@ -64,6 +64,8 @@ class Outcome:
     def row(self) -> str:
         """Its line of the table."""
         result = f"{self.error:.0e}" if self.exact else f"**{self.failure or f'wrong by {self.error:.0e}'}**"
+        if self.exact and not self.groups:
+            result = "nothing is cut"
         whole = "<br>".join(self.whole)
         return (
             f"| {self.name} | {self.groups} | {self.free} of {self.channels} | {whole} | {figure(self.trace)} | "
