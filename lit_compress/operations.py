@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lit_compress.labels import FIXED, aligned, collapsed, fixed, splits, spread, varies, vector_along
 from lit_compress.padding import PaddedBack
 from lit_compress.skips import SumPoint, Vector
-from lit_compress.tracing import Axis, Trace, WeightUse
+from lit_compress.tracing import SIZES_CHECKED, Axis, Trace, WeightUse
 
 _BATCH_NORMS = {
     "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_no_update",
@@ -84,6 +84,7 @@ class LabelMode(Trace):
                     self.refused.setdefault(self.path, why)
             else:
                 self._rule(func)(call)
+            self.count(self._label(call.first) if call.outputs else None)
             if call.name.endswith("_") and call.outputs:
                 self._product.pop(call.first, None)  # overwritten in place: no longer a layer's own output
         return out
@@ -128,6 +129,8 @@ class LabelMode(Trace):
         return self._barrier
 
     def _barrier(self, call: _Call, why: str = "") -> None:
+        if isinstance(self.module, SIZES_CHECKED):
+            why = self.checks_its_sizes(self.module)
         why = why or f"{call.name} in {self.where} is not known to keep channels apart"
         for tensor in call.tensors:
             self.freeze(self._label(tensor), why)
@@ -188,14 +191,14 @@ class LabelMode(Trace):
                 self.freeze(labels, f"channels are mixed with positions where they enter {self.where}")
             else:
                 entering = vector.numpy().astype(np.int64)
-                self._read.append(entering)
+                self.occupy(entering)
         width = call.first.shape[dim]
         transposed = bool(call.bound.get("transposed", False))
         # Depthwise: each input channel makes output channels of its own.
         depthwise = groups > 1 and groups == x.shape[dim] and not transposed
         leaving = entering.repeat(width // groups) if depthwise else np.arange(self.atoms, self.atoms + width)
         if not depthwise:
-            self._own.append((self.atoms, width))
+            self._own.add((self.atoms, width))
             self.atoms += width
         why = f"{self.where} is shared with a part of the network that is left whole"
         if groups > 1 and transposed:
@@ -623,7 +626,6 @@ class LabelMode(Trace):
         found: list[tuple[bool, str | None]] = []
         if call.name in ("add", "add_") and call.bound.get("alpha", 1) == 1 and len(call.tensors) == 2 and call.first.ndim >= 2:
             # What is tied, or was read by a layer before, does not end here: it is an identity.
-            busy = np.concatenate([np.zeros(0, np.int64), *(pair.ravel() for pair in self.ties), *self._read])
             for tensor in call.tensors:
                 labels = self._label(tensor)
                 vector = None if labels is None or tensor.shape != call.first.shape else vector_along(labels, 1)
@@ -633,7 +635,7 @@ class LabelMode(Trace):
                 own = (
                     (int(atoms[0]), len(atoms)) in self._own
                     and bool((np.diff(atoms) == 1).all())
-                    and not np.isin(atoms, busy).any()
+                    and not self._busy[atoms[atoms < len(self._busy)]].any()
                 )
                 end = self._ends.get(tensor)
                 found.append((own, end))

@@ -21,14 +21,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.labels import FIXED, fixed, spread, to_numpy, vector_along
 from lit_compress.padding import PaddedBack
-from lit_compress.skips import PadPoint, SumPoint, Tap, Vector
+from lit_compress.skips import Marks, PadPoint, SumPoint, Tap, Vector
 
 # The (parameter or buffer, dimension) pairs that run along a dimension of a tensor made from parameters.
 Axis: TypeAlias = frozenset[tuple[str, int]]
 Origin: TypeAlias = tuple[Axis, ...]
 
+# Beyond these, a network is refused: some 10 s of one core, and as much memory as a large network's weights.
+_MOST_OPERATIONS = 50_000
+_MOST_BYTES = 2**30
 # These compare their inputs with numbers of their own before anything else.
-_SIZES_CHECKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+SIZES_CHECKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ class Trace(TorchDispatchMode):
         self._product: Any = WeakTensorKeyDictionary()  # output of a layer -> its weight
         self._taken: Counter[str] = Counter()  # weight of a layer -> how many operations take its output
         self._pad_back = frozenset(pad_back)
-        self._own: list[tuple[int, int]] = []  # first atom and width of each use of a layer
-        self._read: list[Vector] = []  # channels that entered a layer so far
+        self._own: set[tuple[int, int]] = set()  # first atom and width of each use of a layer
+        self._busy: Marks = np.zeros(1, dtype=bool)  # atoms that are tied, or entered a layer so far
+        self._operations = 0
         self._sum_of: Any = WeakTensorKeyDictionary()  # tensor -> index of the sum that it is
         self._ends: Any = WeakTensorKeyDictionary()  # tensor -> path of the innermost module that returned it last
         self._known: set[str] = set()  # weights met before a run aside
@@ -124,9 +128,9 @@ class Trace(TorchDispatchMode):
                 for position, value in enumerate(inputs):
                     self._see(value, Tap(path, "input", self.calls[path] - 1, position))
             self._stack.append((id(module), self.path if path is None else path))
-            if isinstance(module, _SIZES_CHECKED):
+            if isinstance(module, SIZES_CHECKED):
                 for parameter in module.parameters():
-                    self.pin(parameter, f"{self.where} ({type(module).__name__}) checks its sizes and is left whole")
+                    self.pin(parameter, self.checks_its_sizes(module))
 
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             while self._stack.pop()[0] != id(module):  # modules that failed, where the forward caught it, never left
@@ -168,6 +172,10 @@ class Trace(TorchDispatchMode):
         """The module that is running."""
         return self._model.get_submodule(self.path)
 
+    def checks_its_sizes(self, module: nn.Module) -> str:
+        """Why one of :data:`SIZES_CHECKED` is left whole."""
+        return f"{self.where} ({type(module).__name__}) checks its sizes and is left whole"
+
     @property
     def where(self) -> str:
         """The module that is running, for a sentence."""
@@ -180,9 +188,34 @@ class Trace(TorchDispatchMode):
         free = (first != FIXED) & (second != FIXED)
         differ = free & (first != second)
         if differ.any():
-            self.ties.append(np.stack([first[differ], second[differ]]))
+            pairs = np.stack([first[differ], second[differ]])
+            if pairs.shape[1] > self.atoms:  # labels of many positions repeat themselves
+                pairs = np.stack(np.divmod(np.unique(pairs[0] * self.atoms + pairs[1]), self.atoms))
+            self.ties.append(pairs)
+            self.occupy(pairs)
         if not free.all():
             self.freeze(np.where(first == FIXED, second, first)[~free], why)
+
+    def occupy(self, atoms: Vector) -> None:
+        """These channels are tied or read by a layer: where they enter a sum, no branch ends in them."""
+        if len(self._busy) < self.atoms:
+            self._busy = np.concatenate([self._busy, np.zeros(2 * self.atoms - len(self._busy), dtype=bool)])
+        self._busy[atoms[atoms != FIXED]] = True
+
+    def count(self, label: Tensor | None) -> None:
+        """Refuse a forward that cannot be followed in reasonable time and memory.
+
+        Raises:
+            ValueError: If it is one operation too many, or the labels of its result are too large.
+        """
+        self._operations += 1
+        large = label is not None and label.untyped_storage().nbytes() > _MOST_BYTES
+        if large or self._operations > _MOST_OPERATIONS:
+            raise ValueError(
+                f"more than {_MOST_OPERATIONS} operations act on channels"
+                if not large
+                else f"a tensor of shape {tuple(label.shape) if label is not None else ()} mixes channels and positions"
+            )
 
     def freeze(self, atoms: Tensor | Vector | None, why: str) -> None:
         """These channels cannot be cut."""
