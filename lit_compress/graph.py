@@ -21,7 +21,7 @@ from lit_compress.labels import FIXED
 from lit_compress.operations import LabelMode
 from lit_compress.skips import Marks, PadPoint, SumPoint, Vector
 from lit_compress.slicing import substituted
-from lit_compress.tracing import WeightUse, named_tensors
+from lit_compress.tracing import BoundsError, WeightUse, named_tensors
 from lit_compress.trial import is_what_is_left, one_of_each, without
 
 Forward: TypeAlias = Callable[[], Any]
@@ -209,6 +209,8 @@ def _followed(model: nn.Module, forward: Forward, pad_back: Collection[str]) -> 
     with evaluating(model), rng.isolated(), eagerly(), mode.following():
         try:
             outputs = forward()
+        except BoundsError as error:
+            raise ValueError(f"{type(model).__name__} cannot be followed: {error}.") from error
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} does not run on the example inputs; it failed in {mode.where}: {error}"

@@ -131,6 +131,8 @@ class LabelMode(Trace):
     def _barrier(self, call: _Call, why: str = "") -> None:
         if isinstance(self.module, SIZES_CHECKED):
             why = self.checks_its_sizes(self.module)
+        elif call.name == "native_layer_norm":
+            why = f"{self.where} normalises over all channels at once"
         why = why or f"{call.name} in {self.where} is not known to keep channels apart"
         for tensor in call.tensors:
             self.freeze(self._label(tensor), why)
@@ -176,7 +178,10 @@ class LabelMode(Trace):
         origin, labels = self._origins.get(weight), self._label(x)
         self.pin(x, f"{call.name} in {self.where} multiplies a parameter like an activation")
         if origin is None or not _is_weight(origin[out_dim], origin[in_dim]):
-            why = f"the weight of {call.name} in {self.where} is computed from other tensors (weight norm, say)"
+            why = (
+                f"the weight of {call.name} in {self.where} is computed from other tensors; fold them in first, as "
+                "`remove_parametrizations` does"
+            )
             self.refused.setdefault(self.path, why)
             self.freeze(labels, why)
             self.pin(weight, why)
@@ -472,7 +477,8 @@ class LabelMode(Trace):
             # Only what is innermost can shrink: the channels of a group, and not the number of groups.
             *outer, _ = [dim for dim in split if moved.shape[dim] > 1]
             parts = moved.permute(*outer, *(dim for dim in range(moved.ndim) if dim not in outer)).flatten(0, len(outer) - 1)
-            self.suppose(labels, list(parts), f"{self.where} splits the channels by a reshape to {after}")
+            why = f"{self.where} splits the channels by a reshape to {after}; to a number of groups and -1, they could be cut"
+            self.suppose(labels, list(parts), why)
         return None
 
     def _reshape_parameter(self, x: Tensor, out: Tensor) -> None:
@@ -495,7 +501,7 @@ class LabelMode(Trace):
                 return self._barrier(call)
         if labels is None:
             return self._move_parameter(call, x)
-        why = f"{self.where} picks channels by their position ({call.name})"
+        why = f"{self.where} picks channels by their position ({call.name}); equal parts by `chunk` could be cut"
         moved = [dim for dim in self._positions_of(call, x) if varies(labels, dim)]
         if moved and (parts := _equal_parts(call, x, labels)):
             self.suppose(labels, parts, why)

@@ -34,6 +34,10 @@ _MOST_BYTES = 2**30
 SIZES_CHECKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
+class BoundsError(ValueError):
+    """A forward takes too much time or memory to be followed."""
+
+
 @dataclass(frozen=True)
 class WeightUse:
     """One application of a weight in the traced forward.
@@ -203,19 +207,19 @@ class Trace(TorchDispatchMode):
         self._busy[atoms[atoms != FIXED]] = True
 
     def count(self, label: Tensor | None) -> None:
-        """Refuse a forward that cannot be followed in reasonable time and memory.
+        """Refuse a forward that is too long to be followed, or whose labels are too large.
 
         Raises:
-            ValueError: If it is one operation too many, or the labels of its result are too large.
+            BoundsError: If this operation, or the labels of its result, are too much.
         """
         self._operations += 1
-        large = label is not None and label.untyped_storage().nbytes() > _MOST_BYTES
-        if large or self._operations > _MOST_OPERATIONS:
-            raise ValueError(
-                f"more than {_MOST_OPERATIONS} operations act on channels"
-                if not large
-                else f"a tensor of shape {tuple(label.shape) if label is not None else ()} mixes channels and positions"
+        if self._operations > _MOST_OPERATIONS:
+            raise BoundsError(
+                f"more than {_MOST_OPERATIONS} operations act on channels; trace a shorter run of it by `forward_fn`"
             )
+        if label is not None and label.untyped_storage().nbytes() > _MOST_BYTES:
+            raise BoundsError(f"the channels of a tensor of shape {tuple(label.shape)} in {self.where} lie too far apart for "
+                             "labels of reasonable size; give smaller example inputs")  # fmt: skip
 
     def freeze(self, atoms: Tensor | Vector | None, why: str) -> None:
         """These channels cannot be cut."""

@@ -6,6 +6,7 @@ The ties are written down by hand; that a cut is exact is held against zeroing b
 import contextlib
 import copy
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
-from lit_compress import Recipe, cut
+from lit_compress import Recipe, cut, tracing
 from lit_compress.graph import trace
 from lit_compress.models import ResNetCIFAR, ZeroPadShortcut
 
@@ -243,7 +244,7 @@ CASES = {
     "mean over channels": Case(after(lambda m, x: x - x.mean(1, keepdim=True)), whole={"a": "mean in the forward is not known"}),
     "layer norm": Case(
         after(lambda m, x: m.n(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), n=lambda: nn.LayerNorm(4)),
-        whole={"a": "native_layer_norm in 'n' is not known"},
+        whole={"a": "'n' normalises over all channels at once"},
     ),
     "group norm": Case(
         after(lambda m, x: m.n(x), n=lambda: nn.GroupNorm(2, 4)),
@@ -782,6 +783,47 @@ def test_a_forward_that_fails_is_told_where():
     ) as failure:
         trace(model, lambda: model(torch.zeros(IMAGES)))
     assert isinstance(failure.value.__cause__, RuntimeError)
+
+
+class Loop(nn.Module):
+    """One layer many times over."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.a, self.b, self.end, self.steps = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2), steps
+
+    def forward(self, x):
+        y = self.a(x)
+        for _ in range(self.steps):
+            y = torch.tanh(self.b(y)) + y
+        return self.end(y)
+
+
+def test_a_forward_that_is_too_long_to_follow_is_refused(monkeypatch):
+    model, x = Loop(50), torch.zeros(1, 3)
+    assert [group.name for group in trace(model, lambda: model(x)).groups()] == ["a"]
+    monkeypatch.setattr(tracing, "_MOST_OPERATIONS", 100)
+    with pytest.raises(ValueError, match="Loop cannot be followed: more than 100 operations act on channels; trace a shorter"):
+        trace(model, lambda: model(x))
+
+
+def test_labels_that_take_too_much_memory_are_refused(monkeypatch):
+    model = nn.Sequential(conv(3, 4), nn.Flatten(), nn.ReLU(), nn.Linear(144, 2))
+    trace(model, lambda: model(torch.zeros(IMAGES)))
+    monkeypatch.setattr(tracing, "_MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"Sequential cannot be followed: .* of shape \(2, 144\) .* smaller example inputs"):
+        trace(model, lambda: model(torch.zeros(IMAGES)))
+
+
+def test_the_number_of_operations_counts_linearly():
+    # Each sum once looked through all ties before it; 1000 steps took 50 times what 100 take.
+    operations = []
+    for steps in (100, 1000):
+        model, x = Loop(steps), torch.zeros(1, 3)
+        start = time.process_time()
+        trace(model, lambda model=model, x=x: model(x))
+        operations.append(time.process_time() - start)
+    assert operations[1] < 25 * operations[0]
 
 
 def test_networks_without_values_or_layers_are_refused():
