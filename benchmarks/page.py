@@ -44,13 +44,14 @@ class Section:
         return "\n\n".join([*parts, "\n".join(f"- {verdict}." for verdict in self.verdicts), f"*{settings}.*"])
 
 
-def main(name: str, measure: Callable[[bool, int | None], Section], argv: Sequence[str] | None = None) -> None:
+def main(name: str, measure: Callable[[bool, int | None], Section], argv: Sequence[str] | None = None, page: Path = PAGE) -> None:
     """Run a benchmark from the command line and print its section.
 
     Args:
         name: The benchmark's module.
         measure: Gives the section; told whether to be quick, and the number of rounds if one was given.
         argv: Arguments; those of the process if None.
+        page: Where ``--write`` puts it, if no other page is named.
 
     Raises:
         ValueError: If ``--write`` names a page that does not exist.
@@ -58,7 +59,7 @@ def main(name: str, measure: Callable[[bool, int | None], Section], argv: Sequen
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=__doc__)
     parser.add_argument("--rounds", type=int, help="times each thing is measured")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that it runs")
-    parser.add_argument("--write", type=Path, nargs="?", const=PAGE, metavar="PAGE", help=f"put the section into {PAGE.name}")
+    parser.add_argument("--write", type=Path, nargs="?", const=page, metavar="PAGE", help=f"put the section into {page.name}")
     given = parser.parse_args(argv)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     section = measure(given.quick, given.rounds)

@@ -21,8 +21,8 @@ from lit_compress.slicing import all_tensors
 def readers(graph: ChannelGraph) -> dict[str, int]:
     """Layers that read channels which may be cut, to their number of input channels: those whose mean input is needed.
 
-    A weight that is used twice, is multiplied with another parameter first, or belongs to a transposed convolution is not among
-    them.
+    A weight that is used twice or multiplied with another parameter first is not among them, nor is that of a transposed or a
+    grouped convolution.
     """
     uses = Counter(use.weight for use in graph.uses)
     return {
@@ -30,6 +30,7 @@ def readers(graph: ChannelGraph) -> dict[str, int]:
         for use in graph.uses
         if uses[use.weight] == 1
         and use.plain
+        and use.groups == 1
         and (use.out_dim, use.in_dim) == (0, 1)
         and use.weight.endswith(".weight")
         and use.in_dim in graph.tensors.get(use.weight, {})

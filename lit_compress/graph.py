@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +20,12 @@ from lit_compress.compiled import eagerly
 from lit_compress.labels import FIXED
 from lit_compress.operations import LabelMode
 from lit_compress.skips import ActivationPoint, Marks, PadPoint, SumPoint, Vector
-from lit_compress.tracing import WeightUse, named_tensors
+from lit_compress.slicing import substituted
+from lit_compress.tracing import BoundsError, WeightUse, named_tensors
+from lit_compress.trial import is_what_is_left, one_of_each, without
 
 Forward: TypeAlias = Callable[[], Any]
+_TRIALS = 8  # runs to find out which of the places that part channels follow a cut; the rest is left whole
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class ChannelGraph:
         norms: Weight of a layer to the running mean of the batch norm that takes its output directly.
         activations: What activation functions give, in the order of the forward.
         pads: Modules whose channels are scattered to the slots of a skip. A slot that goes takes its channel along.
+        trained: Modules that run further layers in training mode (auxiliary heads, say), which the graph therefore holds.
     """
 
     layers: Mapping[str, Layer]
@@ -94,6 +98,7 @@ class ChannelGraph:
     pads: tuple[PadPoint, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
     activations: tuple[ActivationPoint, ...] = ()
+    trained: tuple[str, ...] = ()
 
     def groups(self) -> list[ChannelGroup]:
         """Channels that may be cut, sorted into groups that share the same layers."""
@@ -206,15 +211,7 @@ def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Lit
             )
     if pad_back == "identity":
         pad_back = {point.block for point in trace(model, forward).sums if point.block is not None}
-    mode = LabelMode(model, pad_back)
-    with evaluating(model), rng.isolated(), eagerly(), mode.following():
-        try:
-            outputs = forward()
-        except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__} does not run on the example inputs; it failed in {mode.where}: {error}"
-            ) from error
-        mode.freeze_outputs(outputs)
+    mode = _followed(model, forward, pad_back)
     if missing := sorted(set(pad_back) - {point.module for point in mode.pads}):
         raise ValueError(f"{missing[0]!r} cannot be padded back: {type(model).__name__} has no such module, or does not run it.")
     if not mode.leaving:
@@ -222,7 +219,63 @@ def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Lit
             f"The forward ran no convolution or linear layer of {type(model).__name__}; "
             "it must run the network that is to be cut."
         )
-    return _graph(model, mode)
+    return _proven(model, forward, mode, pad_back)
+
+
+def _followed(model: nn.Module, forward: Forward, pad_back: Collection[str]) -> LabelMode:
+    """One run of the forward on labels, and one more for layers that run in training only (auxiliary heads, say)."""
+    mode = LabelMode(model, pad_back)
+    with evaluating(model), rng.isolated(), eagerly(), mode.following():
+        try:
+            outputs = forward()
+        except BoundsError as error:
+            raise ValueError(f"{type(model).__name__} cannot be followed: {error}.") from error
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} does not run on the example inputs; it failed in {mode.where}: {error}"
+            ) from error
+        mode.freeze_outputs(outputs)
+        # Slots of a skip are made anew in each run, and could not be told to be the same.
+        owners = [] if mode.pads else sorted({path.rpartition(".")[0] for path in _unused(model, mode)} - {""})
+        owners = [path for path in _ancestors(owners) if path in mode.called]
+        if owners:
+            with mode.aside(), in_training(model, owners):
+                try:
+                    mode.freeze_outputs(forward())
+                    mode.trained = tuple(owners)
+                except Exception:  # it may want targets, say; what it has run until then was followed
+                    mode.freeze_new(f"the forward of {type(model).__name__} runs it in training mode only, and fails there")
+    return mode
+
+
+def _ancestors(paths: Iterable[str]) -> list[str]:
+    """Paths of modules and of all that hold them, the network itself included."""
+    return sorted({".".join(parts[:end]) for path in paths for parts in [path.split(".")] for end in range(len(parts) + 1)})
+
+
+def _proven(model: nn.Module, forward: Forward, mode: LabelMode, pad_back: Collection[str]) -> ChannelGraph:
+    """The graph, with channels that the forward parts frozen where it does not part fewer of them alike."""
+    graph, classes, tensors = _graph(model, mode), _classes(mode), dict(named_tensors(model))
+    queue, trials = [mode.supposed], 0
+    while queue and queue[0]:
+        some = queue.pop()
+        marks = one_of_each(graph, [classes[supposition.atoms] for supposition in some])
+        if not marks.any():
+            continue  # frozen anyway
+        trials += 1
+        if trials <= _TRIALS:
+            try:
+                with substituted(model, without(graph, marks, tensors)):
+                    if is_what_is_left(_graph(model, _followed(model, forward, pad_back)), graph, marks):
+                        continue
+            except ValueError:
+                pass
+        if trials <= _TRIALS and len(some) > 1:
+            queue += [some[len(some) // 2 :], some[: len(some) // 2]]
+        else:
+            for supposition in some:
+                mode.freeze(supposition.atoms, supposition.why)
+    return _graph(model, mode) if trials else graph
 
 
 @contextmanager
@@ -247,6 +300,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(content)
 
 
+@contextmanager
+def in_training(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Training mode for some modules alone, and not for those that they hold."""
+    modules = [model.get_submodule(path) for path in paths]
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
+
+
 def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
     classes = _classes(mode)
     frozen: dict[int, str] = {}
@@ -266,14 +333,7 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
         name = _layer_name(use.weight)
         made = classify(mode.made[use.weight])
         layers.setdefault(name, Layer(name, use.weight, use.out_dim, made, mode.leaving[use.weight]))
-    met = {name for name, _ in mode.met}
-    unused = [
-        path
-        for path, module in model.named_modules()
-        if path not in mode.called
-        and (own := [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)])
-        and not met.intersection(own)
-    ]
+    unused = _unused(model, mode)
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     refused = {
@@ -293,7 +353,19 @@ def _graph(model: nn.Module, mode: LabelMode) -> ChannelGraph:
     pads = tuple(replace(point, sources=classify(point.sources), slots=classify(point.slots)) for point in mode.pads)
     _freeze_slots(pads, frozen)
     return ChannelGraph(
-        layers, tensors, shapes, trainable, frozen, tuple(mode.uses), tuple(unused), refused, sums, pads, mode.norms, activations
+        layers,
+        tensors,
+        shapes,
+        trainable,
+        frozen,
+        tuple(mode.uses),
+        tuple(unused),
+        refused,
+        sums,
+        pads,
+        mode.norms,
+        activations,
+        mode.trained,
     )
 
 
@@ -304,6 +376,18 @@ def _activation(mode: LabelMode, index: int, point: ActivationPoint, classify: C
     taps = mode.activation_taps[index]
     alone = next((replace(tap, call=None) for tap in taps if mode.calls[tap.module] == 1), None)
     return replace(point, tap=alone or next(iter(taps), None), pooled=pooled)
+
+
+def _unused(model: nn.Module, mode: LabelMode) -> list[str]:
+    """Modules with parameters of their own that the forward did not run."""
+    met = {name for name, _ in mode.met}
+    return [
+        path
+        for path, module in model.named_modules()
+        if path not in mode.called
+        and (own := [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)])
+        and not met.intersection(own)
+    ]
 
 
 def _freeze_slots(pads: Sequence[PadPoint], frozen: dict[int, str]) -> None:

@@ -54,18 +54,24 @@ def aligned(labels: Tensor, ndim: int) -> Tensor:
     return labels.reshape((1,) * (ndim - labels.ndim) + tuple(labels.shape)) if labels.ndim < ndim else labels
 
 
-def merges_only(before: Sequence[int], after: Sequence[int], carrying: Sequence[bool]) -> bool:
-    """Whether a reshape keeps every dimension that carries channels in one piece.
+def splits(before: Sequence[int], after: Sequence[int], carrying: Sequence[bool]) -> list[list[int]]:
+    """Dimensions of a reshaped tensor into which a dimension that carries channels was split, a list for each such place.
 
-    ``(C, H, W) -> (C * H * W,)`` does. ``(C,) -> (groups, C / groups)`` does not: with fewer channels the same reshape would
-    sort them into other groups.
+    ``(C, H, W) -> (C * H * W,)`` splits nothing. ``(C,) -> (groups, C / groups)`` does: with fewer channels the same reshape
+    sorts them into other groups, unless each group loses as many.
+
+    Args:
+        before: Shape before.
+        after: Shape after.
+        carrying: For each dimension before, whether it carries channels.
 
     Example:
-        >>> merges_only([1, 8, 2, 2], [1, 32], [False, True, False, False])
-        True
-        >>> merges_only([1, 8, 2, 2], [1, 2, 4, 2, 2], [False, True, False, False])
-        False
+        >>> splits([1, 8, 2, 2], [1, 32], [False, True, False, False])
+        []
+        >>> splits([1, 8, 2, 2], [1, 2, 4, 2, 2], [False, True, False, False])
+        [[1, 2]]
     """
+    found = []
     i = j = 0
     while i < len(before) or j < len(after):
         # The smallest runs of dimensions on both sides that hold the same number of elements.
@@ -80,10 +86,10 @@ def merges_only(before: Sequence[int], after: Sequence[int], carrying: Sequence[
             else:
                 right *= after[j]
                 j += 1
-        wide = [after[k] for k in range(first_j, j) if after[k] > 1]
+        wide = [k for k in range(first_j, j) if after[k] > 1]
         if len(wide) > 1 and any(carrying[first_i:i]):
-            return False
-    return True
+            found.append(wide)
+    return found
 
 
 def to_numpy(labels: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, to_numpy, varies, vector_along
+from lit_compress.labels import FIXED, aligned, collapsed, fixed, splits, spread, to_numpy, varies, vector_along
 from lit_compress.padding import PaddedBack
-from lit_compress.skips import ActivationPoint, SumPoint
-from lit_compress.tracing import Trace, WeightUse
+from lit_compress.skips import ActivationPoint, SumPoint, Vector
+from lit_compress.tracing import SIZES_CHECKED, Axis, Trace, WeightUse
 
 _BATCH_NORMS = {
     "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_no_update",
@@ -70,13 +71,14 @@ class LabelMode(Trace):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        laid = args[0].stride() if func is torch.ops.aten.as_strided_.default else ()
         out = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(tensor in self._labels or tensor in self._origins for tensor in tensors):
             schema = func._schema.arguments
             bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
             bound |= dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
-            call = _Call(func, args, kwargs, bound, tensors, out)
+            call = _Call(func, args, kwargs, bound, tensors, out, laid)
             self._taken.update(self._product[tensor] for tensor in tensors if tensor in self._product)
             if call.name.endswith("_") and call.outputs:
                 self._sum_of.pop(call.first, None)  # overwritten in place, though maybe by the next sum
@@ -88,6 +90,7 @@ class LabelMode(Trace):
                     self.refused.setdefault(self.path, why)
             else:
                 self._rule(func)(call)
+            self.count(self._label(call.first) if call.outputs else None)
             if call.name.endswith("_") and call.outputs:
                 self._product.pop(call.first, None)  # overwritten in place: no longer a layer's own output
         return out
@@ -101,6 +104,8 @@ class LabelMode(Trace):
             return self._linear
         if name in _BATCH_NORMS:
             return self._batch_norm
+        if name == "native_group_norm":
+            return self._group_norm
         if name in ("cat", "stack"):
             return self._concatenation
         if name == "constant_pad_nd":
@@ -115,6 +120,12 @@ class LabelMode(Trace):
             return self._same_shape
         if name == "index_copy":
             return self._index_copy
+        if name == "as_strided_":
+            return self._strides
+        if name == "glu":
+            return self._gated
+        if name in ("channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle"):
+            return self._shuffled
         if name in _NO_EFFECT:
             return self._no_effect
         if name in _ALONG_DIM and "dim" in {argument.name for argument in func._schema.arguments}:
@@ -124,6 +135,10 @@ class LabelMode(Trace):
         return self._barrier
 
     def _barrier(self, call: _Call, why: str = "") -> None:
+        if isinstance(self.module, SIZES_CHECKED):
+            why = self.checks_its_sizes(self.module)
+        elif call.name == "native_layer_norm":
+            why = f"{self.where} normalises over all channels at once"
         why = why or f"{call.name} in {self.where} is not known to keep channels apart"
         for tensor in call.tensors:
             self.freeze(self._label(tensor), why)
@@ -169,7 +184,10 @@ class LabelMode(Trace):
         origin, labels = self._origins.get(weight), self._label(x)
         self.pin(x, f"{call.name} in {self.where} multiplies a parameter like an activation")
         if origin is None or not _is_weight(origin[out_dim], origin[in_dim]):
-            why = f"the weight of {call.name} in {self.where} is computed from other tensors (weight norm, say)"
+            why = (
+                f"the weight of {call.name} in {self.where} is computed from other tensors; fold them in first, as "
+                "`remove_parametrizations` does"
+            )
             self.refused.setdefault(self.path, why)
             self.freeze(labels, why)
             self.pin(weight, why)
@@ -184,26 +202,27 @@ class LabelMode(Trace):
                 self.freeze(labels, f"channels are mixed with positions where they enter {self.where}")
             else:
                 entering = vector.numpy().astype(np.int64)
-                self._read.append(entering)
+                self.occupy(entering)
         width = call.first.shape[dim]
         transposed = bool(call.bound.get("transposed", False))
-        depthwise = groups > 1 and groups == x.shape[dim] == width and not transposed
-        leaving = entering if depthwise else np.arange(self.atoms, self.atoms + width)
+        # Depthwise: each input channel makes output channels of its own.
+        depthwise = groups > 1 and groups == x.shape[dim] and not transposed
+        leaving = entering.repeat(width // groups) if depthwise else np.arange(self.atoms, self.atoms + width)
         if not depthwise:
-            self._own.append((self.atoms, width))
+            self._own.add((self.atoms, width))
             self.atoms += width
         why = f"{self.where} is shared with a part of the network that is left whole"
-        if groups > 1:
-            self.meet(origin[in_dim], np.full(weight.shape[in_dim], FIXED), why)
-            if not depthwise:
-                grouped = f"{self.where} is a grouped convolution, whose groups must stay of one size"
-                self.freeze(leaving, grouped)
-                self.freeze(entering, grouped)
+        if groups > 1 and transposed:
+            whole = f"{self.where} is a transposed convolution in groups, which is left whole"
+            self.freeze(np.concatenate([entering, leaving]), whole)
+            self.pin(weight, whole)
+        elif depthwise:
+            self.meet(origin[in_dim], np.full(1, FIXED), why)
+            self.meet(origin[out_dim], leaving, why)
+        elif groups > 1:
+            self._contract_groups((origin[out_dim], origin[in_dim]), entering, leaving, groups)
         else:
             self.meet(origin[in_dim], entering, why)
-        if groups > 1 and transposed:
-            self.pin(weight, why)
-        else:
             self.meet(origin[out_dim], leaving, why)
         if bias is not None and bias.shape[-1] == width:
             axis = self._origins[bias][-1] if bias in self._origins else frozenset()
@@ -217,9 +236,20 @@ class LabelMode(Trace):
         self.leaving[name] = self.leaving.get(name, False) or not depthwise
         self.made.setdefault(name, leaving)
         plain = weight not in self._computed
-        self.uses.append(WeightUse(name, dimension, dict(origin[in_dim])[name], positions, plain))
+        self.uses.append(WeightUse(name, dimension, dict(origin[in_dim])[name], positions, plain, groups))
         self._product[call.first] = name
         self._labels[call.first] = spread(torch.from_numpy(leaving), call.first.shape, dim)
+
+    def _contract_groups(self, axes: Sequence[Axis], entering: Vector, leaving: Vector, groups: int) -> None:
+        """The groups of a grouped convolution stay of one size, so each loses channels at the same places."""
+        why = f"{self.where} is a grouped convolution, whose groups must stay of one size"
+        for vector in (entering, leaving):
+            first, *others = np.split(vector, groups)
+            for other in others:
+                self.tie(first, other, why)
+        out_axis, in_axis = axes
+        self.meet(out_axis, leaving, why)
+        self.meet(in_axis, entering[: len(entering) // groups], why)
 
     def _batch_norm(self, call: _Call) -> None:
         x = call.bound["input"]
@@ -232,15 +262,39 @@ class LabelMode(Trace):
             tensor = call.bound.get(key)
             if tensor is None:
                 continue
+            tensor = self._repeated.get(tensor, tensor)
             if tensor not in self._origins or not self._origins[tensor][0]:
                 self.freeze(labels, f"the {key} of {self.where} is computed from other tensors")
             else:
-                self.meet(self._origins[tensor][0], vector.numpy().astype(np.int64), why)
+                for part in vector.numpy().astype(np.int64).reshape(-1, len(tensor)):
+                    self.meet(self._origins[tensor][0], part, why)
         mean = call.bound.get("running_mean")
         if x in self._product and mean is not None and mean in self._origins and len(self._origins[mean][0]) == 1:
             ((self._norms[self._product[x]], _),) = self._origins[mean][0]
         if labels is not None:
             self._labels[call.first] = labels
+        return None
+
+    def _group_norm(self, call: _Call) -> None:
+        """A group is normalised by itself, so it goes or stays as one; :class:`torch.nn.GroupNorm` knows their number."""
+        groups, labels = call.bound["group"], self._label(call.bound["input"])
+        vector = None if labels is None else vector_along(labels, 1)
+        module = self.module
+        if vector is None or labels is None or groups == 1 or not isinstance(module, nn.GroupNorm) or module.weight is None:
+            why = f"{call.name} in {self.where} normalises over all channels at once" if groups == 1 else ""
+            return self._barrier(call, why)  # without a weight, nothing would tell the module of fewer channels
+        why = f"{self.where} normalises groups of channels, one of which meets something of fixed size"
+        atoms = vector.numpy().astype(np.int64)
+        first, *others = atoms.reshape(groups, -1).T
+        for other in others:
+            self.tie(first, other, why)
+        for key in ("weight", "bias"):
+            tensor = call.bound.get(key)
+            if tensor is not None and self._origins.get(tensor) is None:
+                self.freeze(atoms, f"the {key} of {self.where} is computed from other tensors")
+            elif tensor is not None:
+                self.meet(self._origins[tensor][0], atoms, why)
+        self._labels[call.first] = labels
         return None
 
     def _pointwise(self, call: _Call) -> None:
@@ -429,9 +483,13 @@ class LabelMode(Trace):
         if labels is None:
             return self._reshape_parameter(x, call.first)
         carrying = [varies(labels, dim) for dim in range(x.ndim)]
-        if not merges_only(x.shape, after, carrying):
-            self.freeze(labels, f"{self.where} splits the channels by a reshape to {after}")
-        self._labels[call.first] = labels.reshape(after)
+        self._labels[call.first] = moved = labels.reshape(after)
+        for split in splits(x.shape, after, carrying):
+            # Only what is innermost can shrink: the channels of a group, and not the number of groups.
+            *outer, _ = [dim for dim in split if moved.shape[dim] > 1]
+            parts = moved.permute(*outer, *(dim for dim in range(moved.ndim) if dim not in outer)).flatten(0, len(outer) - 1)
+            why = f"{self.where} splits the channels by a reshape to {after}; to a number of groups and -1, they could be cut"
+            self.suppose(labels, list(parts), why)
         return None
 
     def _reshape_parameter(self, x: Tensor, out: Tensor) -> None:
@@ -454,9 +512,12 @@ class LabelMode(Trace):
                 return self._barrier(call)
         if labels is None:
             return self._move_parameter(call, x)
-        moved = self._positions_of(call, x)
-        if any(varies(labels, dim) for dim in moved):
-            self.freeze(labels, f"{self.where} picks channels by their position ({call.name})")
+        why = f"{self.where} picks channels by their position ({call.name}); equal parts by `chunk` could be cut"
+        moved = [dim for dim in self._positions_of(call, x) if varies(labels, dim)]
+        if moved and (parts := _equal_parts(call, x, labels)):
+            self.suppose(labels, parts, why)
+        elif moved:
+            self.freeze(labels, why)
         if call.name in ("clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift", "_conj"):
             result: Any = labels
         else:
@@ -503,6 +564,9 @@ class LabelMode(Trace):
             axes = [origin[dim] for dim in call.bound["dims"]]
         elif call.name in ("unsqueeze", "squeeze"):
             return self._reshape_parameter(x, out)
+        elif call.name == "repeat" and isinstance(self.module, _InstanceNorm):
+            self._repeated[out] = x
+            return None
         elif call.name == "expand" or (call.name == "slice" and out.shape == x.shape):
             lead = out.ndim - x.ndim
             axes = [frozenset() if dim < lead or x.shape[dim - lead] == 1 else origin[dim - lead] for dim in range(out.ndim)]
@@ -522,7 +586,7 @@ class LabelMode(Trace):
 
     def _index_copy(self, call: _Call) -> None:
         """The scatter of a module that is padded back already; any other is not followed."""
-        module = self._model.get_submodule(self.path)
+        module = self.module
         if not isinstance(module, PaddedBack) or call.bound["index"] is not module.slots:
             return self._barrier(call)
         source = call.bound["source"]
@@ -534,12 +598,51 @@ class LabelMode(Trace):
         self._scatter(self.path, call.first, vector.numpy().astype(np.int64), positions, present=True)
         return None
 
+    def _gated(self, call: _Call) -> None:
+        """One half of the channels gates the other, however many they are."""
+        labels, dim = self._label(call.bound["self"]), call.bound["dim"]
+        if labels is None:
+            return self._barrier(call)
+        one, other = labels.chunk(2, dim)
+        why = f"they meet something of fixed size in {self.where} (glu)"
+        self.tie(one.reshape(-1).numpy(), other.reshape(-1).numpy(), why)
+        self._labels[call.first] = torch.where(one == FIXED, other, one)
+        return None
+
+    def _shuffled(self, call: _Call) -> None:
+        """Operations that part the channels into a number of groups, or join that number of them, whatever their count."""
+        x = call.bound["self"]
+        dim = 1 if "channel" in call.name else x.ndim - 3
+        labels = self._label(x)
+        vector = None if labels is None else vector_along(labels, dim)
+        if vector is None:
+            return self._barrier(call)
+        if call.name == "pixel_unshuffle":
+            result = vector.repeat_interleave(call.bound["downscale_factor"] ** 2)
+        else:
+            # A pixel shuffle lays neighbours out as positions of one channel; a channel shuffle deals the groups out in turn.
+            groups = len(vector) // call.bound["upscale_factor"] ** 2 if "pixel" in call.name else call.bound["groups"]
+            rows = vector.reshape(groups, -1)
+            first, *others = (rows.T if "pixel" in call.name else rows).numpy().astype(np.int64)
+            for other in others:
+                self.tie(first, other, f"{self.where} parts channels that meet something of fixed size ({call.name})")
+            result = rows[:, 0] if "pixel" in call.name else rows.T.reshape(-1)
+        self._labels[call.first] = spread(result, call.first.shape, dim)
+        return None
+
+    def _strides(self, call: _Call) -> None:
+        """Other strides for extents of 1, as a pool to one position gives them in channels-last, move nothing."""
+        x, labels = call.first, self._label(call.first)
+        same = labels is not None and tuple(labels.shape) == tuple(x.shape) and len(call.laid) == x.ndim
+        moved = [dim for dim in range(x.ndim) if x.shape[dim] > 1 and same and call.laid[dim] != x.stride(dim)]
+        if not same or moved or x.storage_offset():
+            self._barrier(call)
+
     def _operands(self, call: _Call) -> list[tuple[bool, str | None]]:
         """Of a sum of two branches: whether each ends in a layer of its own, and in which module."""
         found: list[tuple[bool, str | None]] = []
         if call.name in ("add", "add_") and call.bound.get("alpha", 1) == 1 and len(call.tensors) == 2 and call.first.ndim >= 2:
             # What is tied, or was read by a layer before, does not end here: it is an identity.
-            busy = np.concatenate([np.zeros(0, np.int64), *(pair.ravel() for pair in self.ties), *self._read])
             for tensor in call.tensors:
                 labels = self._label(tensor)
                 vector = None if labels is None or tensor.shape != call.first.shape else vector_along(labels, 1)
@@ -549,7 +652,7 @@ class LabelMode(Trace):
                 own = (
                     (int(atoms[0]), len(atoms)) in self._own
                     and bool((np.diff(atoms) == 1).all())
-                    and not np.isin(atoms, busy).any()
+                    and not self._busy[atoms[atoms < len(self._busy)]].any()
                 )
                 end = self._ends.get(tensor)
                 found.append((own, end))
@@ -592,6 +695,7 @@ class _Call:
     bound: Mapping[str, Any]
     tensors: list[Tensor]
     out: Any
+    laid: tuple[int, ...] = ()  # strides of the first argument before `as_strided_`
 
     @property
     def name(self) -> str:
@@ -614,6 +718,18 @@ def _is_weight(out_axis: frozenset[tuple[str, int]], in_axis: frozenset[tuple[st
     """
     names = dict(out_axis).keys()
     return bool(names) and names == dict(in_axis).keys() and not any(name.endswith("_orig") for name in names)
+
+
+def _equal_parts(call: _Call, x: Tensor, labels: Tensor) -> list[Tensor]:
+    """The parts of a split or a slice that takes one of several equal parts of a tensor; none for any other operation."""
+    dim = call.bound.get("dim", 0)
+    extents = {tensor.shape[dim] for tensor in call.outputs}
+    size = call.first.shape[dim]
+    if len(extents) > 1 or x.shape[dim] % size or size == x.shape[dim]:
+        return []
+    if call.name == "slice" and (call.bound.get("step", 1) != 1 or (call.bound.get("start") or 0) % size):
+        return []
+    return list(labels.split(size, dim)) if call.name in ("slice", "split", "split_with_sizes") else []
 
 
 def _stretched(tensor: Tensor, dim: int) -> bool:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from lit_compress import rng
 from lit_compress.compiled import eagerly
-from lit_compress.graph import ChannelGraph, evaluating
+from lit_compress.graph import ChannelGraph, evaluating, in_training
 from lit_compress.padding import padded_for_now
 from lit_compress.plan import Plan
 from lit_compress.slicing import all_tensors, substituted
@@ -145,6 +145,10 @@ class SelfCheck:
             inputs = tree_map(self._precise, self._inputs) if self._double else self._inputs
             outputs = self._forward_fn(self._model, inputs)
             self._seen += [(None, tensor.detach().clone()) for tensor in tensors_in(outputs)]
+            if self._graph.trained:
+                with in_training(self._model, self._graph.trained):
+                    outputs = self._forward_fn(self._model, inputs)
+                self._seen += [(None, tensor.detach().clone()) for tensor in tensors_in(outputs)]
         return self._seen
 
     def _precise(self, value: Any) -> Any:

@@ -24,6 +24,7 @@ _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
     (nn.modules.conv._ConvNd, lambda m: _convolution_sizes(m)),
     (nn.Linear, lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]}),
     (nn.modules.batchnorm._NormBase, lambda m: _norm_sizes(m)),
+    (nn.GroupNorm, lambda m: _group_norm_sizes(m)),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
     (
         RankFactorizedLinear,
@@ -42,16 +43,24 @@ _DEPTHWISE = "_lit_compress_depthwise"  # on one that is cut to one channel: it 
 
 
 def _convolution_sizes(conv: nn.modules.conv._ConvNd) -> dict[str, int]:
-    out_channels = conv.weight.shape[0]
-    depthwise = conv.groups == conv.in_channels == conv.out_channels and (conv.groups > 1 or _DEPTHWISE in vars(conv))
-    groups = out_channels if depthwise else conv.groups
-    sizes = {"out_channels": out_channels, "in_channels": conv.weight.shape[1] * groups, "groups": groups}
-    return sizes | {_DEPTHWISE: True} if depthwise and groups == 1 else sizes
+    out_channels, per_group = conv.weight.shape[:2]
+    # Depthwise: a group for each input channel. Whatever else has groups keeps their number, until its groups have one channel.
+    depthwise = conv.groups == conv.in_channels and (conv.groups > 1 or _DEPTHWISE in vars(conv))
+    multiplier = conv.out_channels // conv.groups if depthwise else 1
+    follows = per_group == 1 and (depthwise or out_channels < conv.groups)
+    groups = out_channels // multiplier if follows else conv.groups
+    sizes = {"out_channels": out_channels, "in_channels": per_group * groups, "groups": groups}
+    return sizes | {_DEPTHWISE: True} if follows and groups == 1 else sizes
 
 
 def _norm_sizes(norm: nn.modules.batchnorm._NormBase) -> dict[str, int]:
     tensor = norm.weight if norm.weight is not None else norm.running_mean
     return {} if tensor is None else {"num_features": tensor.shape[0]}
+
+
+def _group_norm_sizes(norm: nn.GroupNorm) -> dict[str, int]:
+    channels = norm.weight.shape[0]  # without a weight, nothing of it is cut
+    return {"num_channels": channels, "num_groups": norm.num_groups * channels // norm.num_channels}
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -146,9 +146,22 @@ def pooled_covariance(group: ChannelGroup, covariances: Mapping[str, Tensor]) ->
         if torch.equal(where, torch.arange(len(group.classes))):  # nearly always, and scattering 2048 channels takes 0.3 s
             pooled += part / total
         else:
-            rows = torch.zeros(len(group.classes), len(part), dtype=torch.float64).index_add_(0, where, part / total)
-            pooled.index_add_(1, where, rows)
+            for once in _without_repeats(where):
+                rows = torch.zeros(len(group.classes), len(once), dtype=torch.float64)
+                rows.index_add_(0, where[once], part[once][:, once] / total)
+                pooled.index_add_(1, where[once], rows)
     return pooled if pooled.diagonal().sum() > 0 else None
+
+
+def _without_repeats(where: Tensor) -> list[Tensor]:
+    """Indices into positions, parted so that no position comes twice: the groups of a grouped convolution, say.
+
+    Channels of one layer that are tied count like those of tied layers: their sum, in which they may cancel, is nowhere computed.
+    """
+    order = where.argsort(stable=True)
+    counts = where.bincount()
+    turn = torch.cat([torch.arange(int(count)) for count in counts])
+    return [order[turn == number].sort().values for number in range(int(counts.max()))]
 
 
 def _unfit(group: ChannelGroup, covariances: Mapping[str, StreamingCovariance]) -> str:

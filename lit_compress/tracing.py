@@ -6,7 +6,7 @@ What each operation does to labels is in :mod:`lit_compress.operations`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -21,13 +21,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_compress.labels import FIXED, fixed, spread, to_numpy, vector_along
 from lit_compress.padding import PaddedBack
-from lit_compress.skips import ActivationPoint, PadPoint, SumPoint, Tap, Vector
+from lit_compress.skips import ActivationPoint, Marks, PadPoint, SumPoint, Tap, Vector
 
-# For each dimension of a tensor made from parameters: the (parameter or buffer, dimension) pairs that run along it.
-Origin: TypeAlias = tuple[frozenset[tuple[str, int]], ...]
+# The (parameter or buffer, dimension) pairs that run along a dimension of a tensor made from parameters.
+Axis: TypeAlias = frozenset[tuple[str, int]]
+Origin: TypeAlias = tuple[Axis, ...]
 
+# Beyond these, a network is refused: some 10 s of one core, and as much memory as a large network's weights.
+_MOST_OPERATIONS = 50_000
+_MOST_BYTES = 2**30
 # These compare their inputs with numbers of their own before anything else.
-_SIZES_CHECKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+SIZES_CHECKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+
+
+class BoundsError(ValueError):
+    """A forward takes too much time or memory to be followed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class WeightUse:
         in_dim: Its dimension of input channels.
         positions: How many times each element is multiplied, over the whole batch traced.
         plain: Whether the parameter is used as it is, and not multiplied with another one (a mask, say).
+        groups: Into how many groups of one size the channels are parted.
     """
 
     weight: str
@@ -47,6 +56,20 @@ class WeightUse:
     in_dim: int
     positions: int
     plain: bool = True
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Supposition:
+    """Channels are parted, and the parts are supposed to shrink alike if a cut takes the same channels out of each.
+
+    Args:
+        atoms: The channels parted.
+        why: What to say of them if the forward turns out to part them by fixed numbers.
+    """
+
+    atoms: Vector
+    why: str
 
 
 class Trace(TorchDispatchMode):
@@ -68,24 +91,29 @@ class Trace(TorchDispatchMode):
         self.leaving: dict[str, bool] = {}  # weights in the order met -> whether the layer makes channels of its own
         self.called: set[str] = set()
         self.calls: Counter[str] = Counter()  # of each module
+        self.supposed: list[Supposition] = []
         self.refused: dict[str, str] = {}  # path of a module -> why its weight is not a layer's
         self.sums: list[SumPoint] = []  # with atoms in place of classes
         self.activations: list[ActivationPoint] = []  # likewise
         self.activation_taps: list[list[Tap]] = []  # where each can be seen
         self.maxima: list[tuple[int, Vector]] = []  # channels whose maximum is taken, and how many activations were before
         self.pads: list[PadPoint] = []
+        self.trained: tuple[str, ...] = ()  # modules that run further layers in training mode
         self._norms: dict[str, str] = {}  # weight of a layer -> the running mean of a batch norm that takes its output
         self._product: Any = WeakTensorKeyDictionary()  # output of a layer -> its weight
         self._taken: Counter[str] = Counter()  # weight of a layer -> how many operations take its output
         self._pad_back = frozenset(pad_back)
-        self._own: list[tuple[int, int]] = []  # first atom and width of each use of a layer
-        self._read: list[Vector] = []  # channels that entered a layer so far
+        self._own: set[tuple[int, int]] = set()  # first atom and width of each use of a layer
+        self._busy: Marks = np.zeros(1, dtype=bool)  # atoms that are tied, or entered a layer so far
+        self._operations = 0
         self._sum_of: Any = WeakTensorKeyDictionary()  # tensor -> index of the sum that it is
         self._activation_of: Any = WeakTensorKeyDictionary()  # the same for activations
         self._ends: Any = WeakTensorKeyDictionary()  # tensor -> path of the innermost module that returned it last
+        self._known: set[str] = set()  # weights met before a run aside
         self._pinned: dict[tuple[str, int], str] = {}
         self._labels: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
+        self._repeated: Any = WeakTensorKeyDictionary()  # a parameter once for each sample -> that parameter
         self._computed: Any = WeakTensorKeyDictionary()  # tensors made from parameters that hold other values than they
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
@@ -108,9 +136,9 @@ class Trace(TorchDispatchMode):
                 for position, value in enumerate(inputs):
                     self._see(value, Tap(path, "input", self.calls[path] - 1, position))
             self._stack.append((id(module), self.path if path is None else path))
-            if isinstance(module, _SIZES_CHECKED):
+            if isinstance(module, SIZES_CHECKED):
                 for parameter in module.parameters():
-                    self.pin(parameter, f"{self.where} ({type(module).__name__}) checks its sizes and is left whole")
+                    self.pin(parameter, self.checks_its_sizes(module))
 
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             while self._stack.pop()[0] != id(module):  # modules that failed, where the forward caught it, never left
@@ -130,10 +158,34 @@ class Trace(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Another run of the forward: it may tie and freeze and bring further layers, and is not counted."""
+        uses, kept = self.uses, (self.sums, self.activations, self.activation_taps, self.maxima)
+        counts = self.calls, self._taken, self._norms
+        self._known = set(self.made)
+        self.uses, self.sums, self.activations, self.activation_taps, self.maxima = [], [], [], [], []
+        self.calls, self._taken, self._norms = Counter(), Counter(), {}
+        try:
+            yield
+        finally:
+            self.uses = uses + [replace(use, positions=0) for use in self.uses if use.weight not in self._known]
+            self.sums, self.activations, self.activation_taps, self.maxima = kept
+            self.calls, self._taken, self._norms = counts
+
     @property
     def path(self) -> str:
         """Path of the module that is running, or in which the forward failed."""
         return self._stack[-1][1]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is running."""
+        return self._model.get_submodule(self.path)
+
+    def checks_its_sizes(self, module: nn.Module) -> str:
+        """Why one of :data:`SIZES_CHECKED` is left whole."""
+        return f"{self.where} ({type(module).__name__}) checks its sizes and is left whole"
 
     @property
     def where(self) -> str:
@@ -147,9 +199,34 @@ class Trace(TorchDispatchMode):
         free = (first != FIXED) & (second != FIXED)
         differ = free & (first != second)
         if differ.any():
-            self.ties.append(np.stack([first[differ], second[differ]]))
+            pairs = np.stack([first[differ], second[differ]])
+            if pairs.shape[1] > self.atoms:  # labels of many positions repeat themselves
+                pairs = np.stack(np.divmod(np.unique(pairs[0] * self.atoms + pairs[1]), self.atoms))
+            self.ties.append(pairs)
+            self.occupy(pairs)
         if not free.all():
             self.freeze(np.where(first == FIXED, second, first)[~free], why)
+
+    def occupy(self, atoms: Vector) -> None:
+        """These channels are tied or read by a layer: where they enter a sum, no branch ends in them."""
+        if len(self._busy) < self.atoms:
+            self._busy = np.concatenate([self._busy, np.zeros(2 * self.atoms - len(self._busy), dtype=bool)])
+        self._busy[atoms[atoms != FIXED]] = True
+
+    def count(self, label: Tensor | None) -> None:
+        """Refuse a forward that is too long to be followed, or whose labels are too large.
+
+        Raises:
+            BoundsError: If this operation, or the labels of its result, are too much.
+        """
+        self._operations += 1
+        if self._operations > _MOST_OPERATIONS:
+            raise BoundsError(
+                f"more than {_MOST_OPERATIONS} operations act on channels; trace a shorter run of it by `forward_fn`"
+            )
+        if label is not None and label.untyped_storage().nbytes() > _MOST_BYTES:
+            raise BoundsError(f"the channels of a tensor of shape {tuple(label.shape)} in {self.where} lie too far apart for "
+                             "labels of reasonable size; give smaller example inputs")  # fmt: skip
 
     def freeze(self, atoms: Tensor | Vector | None, why: str) -> None:
         """These channels cannot be cut."""
@@ -159,6 +236,19 @@ class Trace(TorchDispatchMode):
         met = met[met != FIXED]
         if len(met):
             self.frozen.append((met, why))
+
+    def freeze_new(self, why: str) -> None:
+        """Layers that only the run :meth:`aside` has met stay whole."""
+        for weight in self.made.keys() - self._known:
+            self.freeze(self.made[weight], why)
+
+    def suppose(self, labels: Tensor, parts: Sequence[Tensor], why: str) -> None:
+        """Labels are parted: the channels at the same place of all parts are cut together, if the parts shrink with a cut."""
+        first = parts[0].reshape(-1).numpy()
+        for part in parts[1:]:
+            self.tie(first, part.reshape(-1).numpy(), why)
+        atoms = np.unique(to_numpy(labels))
+        self.supposed.append(Supposition(atoms[atoms != FIXED], why))
 
     def meet(self, axis: Iterable[tuple[str, int]], vector: Vector, why: str) -> None:
         """Parameters that run along `axis` have these channels there."""

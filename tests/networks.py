@@ -50,8 +50,8 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
                 draw(tensor, 0.5, 1.5)
             elif name == "running_mean" or name == "bias":
                 draw(tensor, -0.3, 0.3)
-            elif tensor.is_floating_point() and tensor.ndim < 2:
-                draw(tensor, 0.5, 1.5)
+            elif tensor.is_floating_point() and (tensor.ndim < 2 or bool((tensor == tensor.flatten()[0]).all())):
+                draw(tensor, 0.5, 1.5)  # also what begins as zeros or tiny, which would hide what it is multiplied with
     return model
 
 
@@ -342,6 +342,121 @@ def _depthwise(draw, c):
     return nn.Sequential(conv(c, c, groups=c), nn.BatchNorm2d(c), draw.activation(), conv(c, out, 1)), out
 
 
+def _multiplied(draw, c):
+    times = draw.choice([2, 3])
+    return nn.Sequential(conv(c, times * c, groups=c), draw.activation()), times * c
+
+
+def _grouped(draw, c):
+    groups = draw.choice([g for g in (1, 2, 4, c) if c % g == 0])
+    out = groups * draw.choice([1, 2, 3])
+    return nn.Sequential(conv(c, out, draw.choice([1, 3]), groups=groups), draw.activation()), out
+
+
+def _parted(draw, c):
+    """Parts whose sizes follow the tensor's, and parts of fixed sizes."""
+    if c % 2:
+        return nn.Identity(), c
+    part = draw.choice([
+        lambda x: x.chunk(2, 1), lambda x: x.split(x.shape[1] // 2, 1),
+        lambda x: (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]),
+        lambda x: x.split(c // 2, 1), lambda x: (x[:, : c // 2], x[:, c // 2 :]), lambda x: x.tensor_split(2, 1),
+        lambda x: x.view(len(x), 2, -1, *x.shape[2:]).unbind(1), lambda x: x.view(len(x), -1, 2, *x.shape[2:]).unbind(2),
+        lambda x: x.view(len(x), 2, c // 2, *x.shape[2:]).unbind(1),
+    ])  # fmt: skip
+    join = draw.choice([
+        lambda a, b: a * b.sigmoid(), lambda a, b: torch.cat([b, a], 1), lambda a, b: torch.cat([a, b.relu(), a], 1),
+        lambda a, b: torch.stack([a, b], 2).flatten(1, 2),
+    ])  # fmt: skip
+    return Net(lambda m, x: join(*part(x))), join(*part(torch.zeros(1, c, 1, 1))).shape[1]
+
+
+def _pixels(draw, c):
+    if draw.random() < 0.5:
+        return Net(lambda m, x: F.max_pool2d(F.pixel_shuffle(m.a(x), 2), 2), a=conv(c, 12)), 3
+    return nn.Sequential(nn.PixelUnshuffle(2), nn.Upsample(scale_factor=2)), 4 * c
+
+
+def _unet(draw, c):
+    def run(m, x):
+        return torch.cat([x, m.up(F.relu(m.down(F.max_pool2d(x, 2))))], 1)
+
+    return Net(run, down=conv(c, 5), up=nn.ConvTranspose2d(5, 4, 2, 2)), c + 4
+
+
+def _normed_groups(draw, c):
+    groups = draw.choice([g for g in (1, 2, 4, c) if c % g == 0])
+    return nn.GroupNorm(groups, c, affine=draw.random() < 0.8), c
+
+
+def _layer_norm(draw, c):
+    """As in ConvNeXt: depthwise, norm over channels, two linear layers with the channels last, a scale, a skip."""
+
+    def run(m, x):
+        y = m.b(F.gelu(m.a(m.n(m.d(x).permute(0, 2, 3, 1)))))
+        return x + m.g * y.permute(0, 3, 1, 2)
+
+    parts = {"d": conv(c, c, groups=c), "n": nn.LayerNorm(c), "a": nn.Linear(c, 2 * c), "b": nn.Linear(2 * c, c)}
+    return Net(run, **parts, g=nn.Parameter(torch.rand(c, 1, 1))), c
+
+
+def _recurrent(draw, c):
+    layer = draw.choice([nn.LSTM, nn.GRU])(c, 5, batch_first=True)
+
+    def run(m, x):
+        states, _ = m.a(x.mean(2).transpose(1, 2))
+        return x + m.b(states.mean(1))[..., None, None]
+
+    return Net(run, a=layer, b=nn.Linear(5, c)), c
+
+
+def _sequences(draw, c):
+    """Convolutions over one dimension and over three."""
+    return Net(
+        lambda m, x: m.b(F.relu(m.a(x.flatten(2))).unflatten(2, x.shape[2:])[:, :, None]).squeeze(2),
+        a=nn.Conv1d(c, 6, 3, padding=1), b=nn.Conv3d(6, 4, (1, 3, 3), padding=(0, 1, 1)),
+    ), 4  # fmt: skip
+
+
+class _Auxiliary(nn.Module):
+    """A head that only training runs; what it gives is kept in an attribute, as some losses have it."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.a, self.head = conv(c, 4), nn.Sequential(conv(4, 3), nn.ReLU(), conv(3, 2))
+
+    def forward(self, x):
+        y = self.a(x)
+        return y + self.head(y).mean() if self.training else y
+
+
+def _masked_weight(draw, c):
+    class Mask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", (torch.rand(4, c, 3, 3) > 0.3).float())
+
+        def forward(self, weight):
+            return weight * self.mask
+
+    layer = conv(c, 4)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Mask())
+    return layer, 4
+
+
+def _heads_of_attention(draw, c):
+    """Heads whose number is fixed, and heads whose width is."""
+    heads = draw.choice([1, 2])
+
+    def run(m, x):
+        tokens = m.qkv(x.flatten(2).transpose(1, 2))
+        q, k, v = tokens.reshape(len(x), -1, 3, heads, 4).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + m.out(y).transpose(1, 2).reshape(x.shape)
+
+    return Net(run, qkv=nn.Linear(c, 3 * heads * 4), out=nn.Linear(heads * 4, c)), c
+
+
 def _one(function, **widths):
     """A block of convolutions ``a``, ``b``, ... from the incoming width to that width."""
     return lambda draw, c: (Net(function, **{name: conv(c, widths[name] or c) for name in widths}), c)
@@ -351,6 +466,9 @@ BLOCKS: dict[str, Callable] = {
     "plain": _plain, "squeeze-excite": _squeeze_excite, "pool": _pool, "fork": _fork, "zero-padded skip": _zero_pad,
     "slice": _slice, "shuffle": _shuffle, "moves": _moves, "scale": _scale, "norm": _norm, "tokens": _tokens,
     "attention": _attention,
+    "multiplied": _multiplied, "grouped": _grouped, "parted": _parted, "pixels": _pixels, "unet": _unet,
+    "groups normed": _normed_groups, "layer norm": _layer_norm, "recurrent": _recurrent, "sequences": _sequences,
+    "auxiliary": lambda draw, c: (_Auxiliary(c), 4), "masked weight": _masked_weight, "heads of attention": _heads_of_attention,
     "written in place": _written, "tied": _tied, "depthwise": _depthwise,
     "identity skip": _one(lambda m, x: F.relu(x + m.a(x)), a=None),
     "skip in place": _one(lambda m, x: m.a(x).add_(x), a=None),
@@ -366,8 +484,14 @@ BLOCKS: dict[str, Callable] = {
     "spatial mask": _one(lambda m, x: x * torch.sigmoid(m.a(x)).expand_as(x), a=1),
     "where": _one(lambda m, x: torch.where(x > 0, x, m.a(x)), a=None),
     "glu": lambda draw, c: (Net(lambda m, x: F.glu(m.a(x), 1), a=conv(c, 2 * c)), c),
-    "grouped": lambda draw, c: (nn.Conv2d(c, 2 * c, 3, padding=1, groups=c // 2 if c % 2 == 0 else 1), 2 * c),
     "transposed": lambda draw, c: (nn.ConvTranspose2d(c, 5, 3, padding=1), 5),
+    "transposed in groups": lambda draw, c: (nn.ConvTranspose2d(c, 2 * c, 3, padding=1, groups=c), 2 * c),
+    "channel shuffle": lambda draw, c: (nn.ChannelShuffle(2 if c % 2 == 0 else 1), c),
+    "spectral norm": lambda draw, c: (nn.utils.parametrizations.spectral_norm(conv(c, 4)), 4),
+    "channels last": lambda draw, c: (Net(lambda m, x: m.a(x.to(memory_format=torch.channels_last)), a=conv(c, c)), c),
+    "gated by one position": lambda draw, c: (
+        Net(lambda m, x: x * m.a(F.adaptive_avg_pool2d(x.to(memory_format=torch.channels_last), 1)).sigmoid(), a=conv(c, c, 1)), c
+    ),
     "blur": lambda draw, c: (Net(lambda m, x: F.conv2d(x, m.g, groups=x.shape[1], padding=1), g=torch.rand(c, 1, 3, 3)), c),
     "weight norm": lambda draw, c: (nn.utils.parametrizations.weight_norm(conv(c, 4)), 4),
     "hard view": lambda draw, c: (Net(lambda m, x: x.view(-1, c, draw.side, draw.side)), c),

@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lit_compress import Recipe, analyze, count_mult_adds, count_parameters, cut
+from lit_compress.graph import ChannelGroup
 from lit_compress.models import ResNetCIFAR
 from lit_compress.selection import pfa
+from lit_compress.spectra import pooled_covariance
 from tests.modules import digits, rng_states, same
 from tests.networks import Net, randomized
 
@@ -605,3 +607,26 @@ def test_the_whole_of_a_recipe_is_the_recipe_and_nothing_of_it_is_no_cut(name):
     for share in (-0.1, 1.1):
         with pytest.raises(ValueError, match="`share` must lie"):
             analysis.milder(recipe, share)
+
+
+def test_channels_of_one_layer_that_are_tied_are_pooled_like_tied_layers():
+    # Channel i goes with channel i + 2; their responses are opposites, and the covariance of the sums would be zero.
+    responses = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = torch.cov(torch.cat([responses, -responses], 1).T)
+    group = ChannelGroup(np.array([7, 9]), {"conv": np.array([0, 1, 0, 1])})
+    expected = (covariance[:2, :2] + covariance[2:, 2:]) / covariance.diagonal().sum()
+    torch.testing.assert_close(pooled_covariance(group, {"conv": covariance}), expected)
+
+
+def test_a_network_of_groups_and_gates_is_analysed_and_cut():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=2), nn.GLU(1), nn.ChannelShuffle(2)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    analysis = analyze(network, [IMAGES], compensate=True)
+    recipe = analysis.recipe(keep_params=0.6)
+    with pytest.warns(
+        UserWarning, match=r"Layers '2' read removed channels but"
+    ):  # which input of a group was removed is not known
+        cut(network, recipe, IMAGES[:1], mean_inputs=analysis.mean_inputs)
+    assert network[2].groups == 2
+    assert count_parameters(network) == analysis.parameters(recipe) <= 0.6 * analysis.parameters()

@@ -22,7 +22,7 @@ from lit_compress.statistics import gather_covariances  # noqa: E402
 BENCHMARKS = {
     path.stem: import_module(f"benchmarks.{path.stem}")
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem != "supported_networks"  # see test_zoo.py
 }
 NOT_YET_MEASURED = {"linear_layers"}
 PUBLISHED = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")

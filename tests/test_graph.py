@@ -6,6 +6,7 @@ The ties are written down by hand; that a cut is exact is held against zeroing b
 import contextlib
 import copy
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
-from lit_compress import Recipe, cut
+from lit_compress import Recipe, cut, tracing
 from lit_compress.graph import trace
 from lit_compress.models import ResNetCIFAR, ZeroPadShortcut
 from lit_compress.skips import Tap
@@ -160,7 +161,26 @@ CASES = {
         follows=("b.weight", "n.weight"),
     ),
     "grouped": Case(
-        after(lambda m, x: m.b(x), 6, b=lambda: conv(4, 6, groups=2)), whole={"a": "'b' is a grouped", "b": "'b' is a grouped"}
+        after(lambda m, x: m.b(x), 6, b=lambda: conv(4, 6, groups=2)),
+        tied=[[("a", i), ("a", i + 2)] for i in range(2)] + [[("b", i), ("b", i + 3)] for i in range(3)],
+    ),
+    "groups of groups": Case(
+        after(lambda m, x: m.d(m.b(x)), 8, b=lambda: conv(4, 8, groups=2), d=lambda: conv(8, 8, groups=4)),
+        tied=[
+            *([("a", i), ("a", i + 2)] for i in range(2)),
+            *([("b", i + 2 * j) for j in range(4)] for i in range(2)),
+            *([("d", i + 2 * j) for j in range(4)] for i in range(2)),
+        ],
+    ),
+    "transposed in groups": Case(
+        after(lambda m, x: m.b(x), 6, b=lambda: nn.ConvTranspose2d(4, 6, 2, groups=2)),
+        whole={"a": "'b' is a transposed convolution in groups", "b": "'b' is a transposed convolution in groups"},
+    ),
+    "depthwise with a multiplier": Case(
+        after(lambda m, x: m.n(m.b(x)), 12, b=lambda: conv(4, 12, groups=4), n=lambda: nn.BatchNorm2d(12)),
+        tied=[[("a", i), *(("b", 3 * i + j) for j in range(3))] for i in range(4)],
+        free=("a",),
+        follows=("b.weight", "n.weight"),
     ),
     "transposed": Case(after(lambda m, x: m.b(x), 5, b=lambda: nn.ConvTranspose2d(4, 5, 2)), free=("a", "b")),
     "used twice": Case(after(lambda m, x: m.b(F.relu(m.b(x))), b=lambda: conv(4, 4)), tied=pairs("a", "b"), free=("a", "b")),
@@ -189,7 +209,15 @@ CASES = {
     "frozen batch norm": Case(
         after(lambda m, x: m.n(x), n=lambda: FrozenBatchNorm2d(4)), free=("a",), follows=("n.weight", "n.running_var")
     ),
-    "instance norm": Case(after(lambda m, x: m.n(x), n=lambda: nn.InstanceNorm2d(4)), whole={"a": "'n' splits the channels"}),
+    "instance norm": Case(after(lambda m, x: m.n(x), n=lambda: nn.InstanceNorm2d(4)), free=("a",)),
+    "instance norm with a scale": Case(
+        after(lambda m, x: m.n(x), n=lambda: nn.InstanceNorm2d(4, affine=True)), free=("a",), follows=("n.weight", "n.bias")
+    ),
+    "instance norm with statistics": Case(
+        after(lambda m, x: m.n(x), n=lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        free=("a",),
+        follows=("n.weight", "n.running_mean"),
+    ),
     "bare scale": Case(
         after(
             lambda m, x: x * m.g[:, None, None] + m.h.view(1, -1, 1, 1),
@@ -217,10 +245,18 @@ CASES = {
     "mean over channels": Case(after(lambda m, x: x - x.mean(1, keepdim=True)), whole={"a": "mean in the forward is not known"}),
     "layer norm": Case(
         after(lambda m, x: m.n(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), n=lambda: nn.LayerNorm(4)),
-        whole={"a": "native_layer_norm in 'n' is not known"},
+        whole={"a": "'n' normalises over all channels at once"},
     ),
     "group norm": Case(
-        after(lambda m, x: m.n(x), n=lambda: nn.GroupNorm(2, 4)), whole={"a": "native_group_norm in 'n' is not known"}
+        after(lambda m, x: m.n(x), n=lambda: nn.GroupNorm(2, 4)),
+        tied=[[("a", 0), ("a", 1)], [("a", 2), ("a", 3)]],
+    ),
+    "group norm over all": Case(
+        after(lambda m, x: m.n(x), n=lambda: nn.GroupNorm(1, 4)), whole={"a": "'n' normalises over all channels at once"}
+    ),
+    "group norm without a scale": Case(
+        after(lambda m, x: m.n(x), n=lambda: nn.GroupNorm(2, 4, affine=False)),
+        whole={"a": "native_group_norm in 'n' is not known"},
     ),
     "attention": Case(
         lambda: Net(attend, q=conv(3, 4, 1), k=conv(3, 4, 1), v=conv(3, 4, 1), end=end(4)),
@@ -240,14 +276,37 @@ CASES = {
         shape=(2, 5, 6),
     ),
     "channel shuffle": Case(
+        after(lambda m, x: x.view(len(x), 2, -1, 6, 6).transpose(1, 2).reshape(len(x), -1, 6, 6)),
+        tied=[[("a", 0), ("a", 2)], [("a", 1), ("a", 3)]],
+    ),
+    "channel shuffle of a fixed width": Case(
         after(lambda m, x: x.view(-1, 2, 2, 6, 6).transpose(1, 2).reshape(-1, 4, 6, 6)),
         whole={"a": "the forward splits the channels"},
     ),
     "channel shuffle module": Case(
-        after(lambda m, x: m.s(x), s=lambda: nn.ChannelShuffle(2)), whole={"a": "in 's' is not known"}
+        after(lambda m, x: m.s(x), s=lambda: nn.ChannelShuffle(2)), tied=[[("a", 0), ("a", 2)], [("a", 1), ("a", 3)]]
     ),
-    "pixel shuffle": Case(after(lambda m, x: m.s(x), 1, s=lambda: nn.PixelShuffle(2)), whole={"a": "pixel_shuffle in 's'"}),
-    "chunk": Case(after(lambda m, x: torch.mul(*x.chunk(2, 1)), 2), whole={"a": r"picks channels by their position \(split"}),
+    "pixel shuffle": Case(
+        after(lambda m, x: m.b(m.s(x)), b=lambda: conv(1, 4), s=lambda: nn.PixelShuffle(2)), tied=[[("a", i) for i in range(4)]]
+    ),
+    "pixels made channels": Case(after(lambda m, x: m.s(x[..., :6, :6]), 16, s=lambda: nn.PixelUnshuffle(2)), free=("a",)),
+    "chunk": Case(after(lambda m, x: torch.mul(*x.chunk(2, 1)), 2), tied=[[("a", 0), ("a", 2)], [("a", 1), ("a", 3)]]),
+    "halves by their size": Case(
+        after(lambda m, x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1)),
+        tied=[[("a", 0), ("a", 2)], [("a", 1), ("a", 3)]],
+    ),
+    "split by a number": Case(
+        after(lambda m, x: torch.mul(*x.split(2, 1)), 2), whole={"a": r"picks channels by their position \(split"}
+    ),
+    "one split by its size and one by a number": Case(
+        after(lambda m, x: torch.cat([torch.mul(*x.chunk(2, 1)), torch.mul(*m.b(x).split(2, 1))], 1), b=lambda: conv(4, 4)),
+        tied=[[("a", 0), ("a", 2)], [("a", 1), ("a", 3)]],
+        whole={"b": r"picks channels by their position \(split"},
+    ),
+    "gated linear unit": Case(after(lambda m, x: F.glu(x, 1), 2), tied=[[("a", 0), ("a", 2)], [("a", 1), ("a", 3)]]),
+    "pool to one position, channels last": Case(
+        after(lambda m, x: x * F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1)), free=("a",)
+    ),
     "roll": Case(after(lambda m, x: x.roll(1, 1)), whole={"a": r"by their position \(roll"}),
     "crop of channels": Case(
         after(lambda m, x: F.pad(x, (0, 0, 0, 0, -1, 0)), 3), whole={"a": "crops channels by their position"}
@@ -609,6 +668,72 @@ def test_what_the_forward_does_not_run_is_named():
         cut(model, Recipe(keep={"aux.0": (0,)}), torch.zeros(1, *IMAGES[1:]))
 
 
+class Auxiliary(nn.Module):
+    """A head that only training runs; with ``targets``, its training goes on to what the example inputs lack."""
+
+    def __init__(self, targets=False):
+        super().__init__()
+        self.a, self.end, self.targets = conv(3, 4), end(4), targets
+        self.aux = nn.Sequential(conv(4, 5), nn.ReLU(), conv(5, 2))
+        self.late = conv(4, 2)
+
+    def forward(self, x):
+        y = self.a(x)
+        if not self.training:
+            return self.end(y)
+        z = self.aux(y)
+        if self.targets:
+            raise RuntimeError("targets are missing")
+        return self.end(y), z + self.late(y)
+
+
+def test_what_only_training_runs_is_cut_as_well_and_proven():
+    model = randomized(Auxiliary()).double()
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    uncut = copy.deepcopy(model)
+    graph = trace(model, lambda: model(x))
+    assert graph.trained == ("",)
+    assert graph.unused == ()
+    assert {use.weight: use.positions > 0 for use in graph.uses} == {
+        "a.weight": True, "end.weight": True, "aux.0.weight": False, "aux.2.weight": False, "late.weight": False
+    }  # fmt: skip
+    assert [group.name for group in graph.groups()] == ["a", "aux.0"]
+    assert graph.why_whole("aux.2") == graph.why_whole("late") == OUTPUT
+    plan = cut(model, Recipe(keep={"a": (0, 3), "aux.0": (1, 2, 4)}), x)
+    assert model.training
+
+    def in_training(network):
+        network.training = True  # nothing in it has a mode of its own
+        return network(x)
+
+    with torch.no_grad():
+        assert relative_error(clone(in_training(model)), zeroed(uncut, removed_by(plan), in_training)) < 1e-10
+
+
+def test_what_training_runs_before_it_fails_on_the_example_inputs_is_cut_on_its_input_side_alone():
+    model = randomized(Auxiliary(targets=True))
+    graph = trace(model, lambda: model(torch.zeros(IMAGES)))
+    assert graph.trained == ()
+    assert graph.unused == ("late",)
+    assert [group.name for group in graph.groups()] == ["a"]
+    assert graph.why_whole("aux.0") == "the forward of Auxiliary runs it in training mode only, and fails there"
+    cut(model, Recipe(keep={"a": (0, 3)}), torch.zeros(IMAGES))
+    assert model.aux[0].in_channels == 2
+
+
+def test_a_second_run_in_training_mode_leaves_counts_and_sums_alone():
+    def run(m, x):
+        y = m.a(x) + m.b(x)
+        return (m.end(y), m.aux(y)) if m.training else m.end(y)
+
+    model = Net(run, a=conv(3, 4), b=conv(3, 4), aux=end(4), end=end(4))
+    graph = trace(model, lambda: model(torch.zeros(IMAGES)))
+    model.aux = nn.Identity()
+    without = trace(model, lambda: model(torch.zeros(IMAGES)))
+    assert len(graph.sums) == len(without.sums) == 1
+    assert graph.mult_adds(graph.shapes) == without.mult_adds(without.shapes)
+
+
 def test_a_layer_by_its_second_name_is_told_its_first():
     model = Twins()
     with pytest.raises(ValueError, match=r"Layer 'b' cannot be cut: its weight is that of layer 'a'; name that one"):
@@ -647,9 +772,9 @@ def test_reasons_name_the_right_module_after_one_that_failed_and_was_caught():
             m.b(x)
         return m.end(m.s(m.a(x)))
 
-    model = Net(run, a=conv(3, 4), b=nn.Sequential(conv(7, 4)), s=nn.Sequential(nn.GroupNorm(2, 4)), end=end(4))
+    model = Net(run, a=conv(3, 4), b=nn.Sequential(conv(7, 4)), s=nn.Sequential(nn.Softmax(1)), end=end(4))
     graph = trace(model, lambda: model(torch.zeros(IMAGES)))
-    assert graph.why_whole("a") == "native_group_norm in 's.0' is not known to keep channels apart"
+    assert graph.why_whole("a") == "_softmax in 's.0' is not known to keep channels apart"
 
 
 def test_a_forward_that_fails_is_told_where():
@@ -659,6 +784,47 @@ def test_a_forward_that_fails_is_told_where():
     ) as failure:
         trace(model, lambda: model(torch.zeros(IMAGES)))
     assert isinstance(failure.value.__cause__, RuntimeError)
+
+
+class Loop(nn.Module):
+    """One layer many times over."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.a, self.b, self.end, self.steps = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2), steps
+
+    def forward(self, x):
+        y = self.a(x)
+        for _ in range(self.steps):
+            y = torch.tanh(self.b(y)) + y
+        return self.end(y)
+
+
+def test_a_forward_that_is_too_long_to_follow_is_refused(monkeypatch):
+    model, x = Loop(50), torch.zeros(1, 3)
+    assert [group.name for group in trace(model, lambda: model(x)).groups()] == ["a"]
+    monkeypatch.setattr(tracing, "_MOST_OPERATIONS", 100)
+    with pytest.raises(ValueError, match="Loop cannot be followed: more than 100 operations act on channels; trace a shorter"):
+        trace(model, lambda: model(x))
+
+
+def test_labels_that_take_too_much_memory_are_refused(monkeypatch):
+    model = nn.Sequential(conv(3, 4), nn.Flatten(), nn.ReLU(), nn.Linear(144, 2))
+    trace(model, lambda: model(torch.zeros(IMAGES)))
+    monkeypatch.setattr(tracing, "_MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"Sequential cannot be followed: .* of shape \(2, 144\) .* smaller example inputs"):
+        trace(model, lambda: model(torch.zeros(IMAGES)))
+
+
+def test_the_number_of_operations_counts_linearly():
+    # Each sum once looked through all ties before it; 1000 steps took 50 times what 100 take.
+    operations = []
+    for steps in (100, 1000):
+        model, x = Loop(steps), torch.zeros(1, 3)
+        start = time.process_time()
+        trace(model, lambda model=model, x=x: model(x))
+        operations.append(time.process_time() - start)
+    assert operations[1] < 25 * operations[0]
 
 
 def test_networks_without_values_or_layers_are_refused():

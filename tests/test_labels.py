@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_compress.labels import FIXED, aligned, collapsed, fixed, merges_only, spread, to_numpy, varies, vector_along
+from lit_compress.labels import FIXED, aligned, collapsed, fixed, splits, spread, to_numpy, varies, vector_along
 
 
 @st.composite
@@ -76,7 +76,7 @@ def reshapes(draw):
 def test_where_a_reshape_only_merges_a_channel_is_a_set_of_whole_slices(case):
     before, after, dim = case
     followed = spread(torch.arange(before[dim]), before, dim)
-    if merges_only(before, after, [index == dim and size > 1 for index, size in enumerate(before)]):
+    if not splits(before, after, [index == dim and size > 1 for index, size in enumerate(before)]):
         moved = followed.reshape(after)
         along = [d for d in range(len(after)) if vector_along(moved, d) is not None]
         assert along
@@ -104,4 +104,4 @@ def test_where_a_reshape_only_merges_a_channel_is_a_set_of_whole_slices(case):
     ],
 )
 def test_reshapes_of_known_networks(before, after, dim, expected):
-    assert merges_only(before, after, [index == dim for index in range(len(before))]) is expected
+    assert bool(splits(before, after, [index == dim for index in range(len(before))])) is not expected
