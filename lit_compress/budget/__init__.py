@@ -1,0 +1,15 @@
+"""What an answer costs: a total budget split over contexts, learnt together with the model that reads them."""
+
+from lit_compress.budget.linear import linear_resources
+from lit_compress.budget.noise import NoiseProcess, QuantizationNoise, RateNoise, SamplingNoise
+from lit_compress.budget.split import BudgetSplit, largest_remainder
+
+__all__ = [
+    "BudgetSplit",
+    "NoiseProcess",
+    "QuantizationNoise",
+    "RateNoise",
+    "SamplingNoise",
+    "largest_remainder",
+    "linear_resources",
+]
