@@ -1,6 +1,7 @@
 """What an answer costs: a total budget split over contexts, learnt together with the model that reads them."""
 
 from lit_compress.budget.linear import linear_resources
+from lit_compress.budget.matching import matching_total
 from lit_compress.budget.noise import NoiseProcess, QuantizationNoise, RateNoise, SamplingNoise
 from lit_compress.budget.split import BudgetSplit, largest_remainder
 
@@ -12,4 +13,5 @@ __all__ = [
     "SamplingNoise",
     "largest_remainder",
     "linear_resources",
+    "matching_total",
 ]

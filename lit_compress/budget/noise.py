@@ -154,9 +154,10 @@ class QuantizationNoise(NoiseProcess):
 
     @override
     def spread(self, statistics: Tensor) -> Tensor:
-        """Range of the features over examples, squared, over 12."""
+        """Of the range around the mean that holds every example."""
         features = statistics.mean(dim=2)
-        return (features.amax(dim=0) - features.amin(dim=0)).square() / _TWELVE
+        reach = (features - features.mean(dim=0)).abs().amax(dim=0)
+        return (2 * reach).square() / _TWELVE
 
     @override
     def gather(self, statistics: Tensor, amount: int, variance: Tensor, centre: Tensor) -> Tensor:

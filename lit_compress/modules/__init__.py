@@ -1,6 +1,7 @@
 """LightningModules, and what makes a user's own load pruned checkpoints."""
 
 from lit_compress.modules.classifier import LitClassifier
+from lit_compress.modules.feature_gatherer import LitFeatureGatherer
 from lit_compress.modules.prunable import PrunableMixin
 
-__all__ = ["LitClassifier", "PrunableMixin"]
+__all__ = ["LitClassifier", "LitFeatureGatherer", "PrunableMixin"]

@@ -1,0 +1,5 @@
+"""Figures of merit as torchmetrics."""
+
+from lit_compress.metrics.angle import MeanAngleError
+
+__all__ = ["MeanAngleError"]
