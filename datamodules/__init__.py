@@ -3,5 +3,14 @@
 from lit_compress.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lit_compress.datamodules.digits import DigitsDataModule
 from lit_compress.datamodules.mnist import MNISTDataModule
+from lit_compress.datamodules.rotated_mnist import RotatedMNISTDataModule
+from lit_compress.datamodules.tao import TAODataModule
 
-__all__ = ["CIFAR10DataModule", "CIFAR100DataModule", "DigitsDataModule", "MNISTDataModule"]
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "MNISTDataModule",
+    "RotatedMNISTDataModule",
+    "TAODataModule",
+]

@@ -17,8 +17,11 @@ from lit_compress.budget import (
     QuantizationNoise,
     RateNoise,
     SamplingNoise,
+    bayesian_search,
     largest_remainder,
     linear_resources,
+    norm_shares,
+    random_search,
 )
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "independent_vectors.json").read_text())["budget"]
@@ -343,3 +346,47 @@ def test_split_and_weights_learnt_together_reach_the_joint_optimum(process):
     assert error(learnt.double().log().numpy()) < 1.02 * least
     if isinstance(process, str):  # the optimum of the user's own gives two contexts nothing, which a softmax nears slowly
         assert (learnt - optimum).abs().max() < 0.02
+
+
+# --- splits without gradients
+
+
+def test_norms_are_of_each_context_s_columns_alone():
+    weights = torch.randn(7, 3 * 4 + 2, generator=torch.Generator().manual_seed(0))  # two columns of flags
+    norms = [float(np.linalg.norm(weights[:, 4 * c : 4 * c + 4])) for c in range(3)]
+    np.testing.assert_allclose(norm_shares(weights, 3), np.array(norms) / sum(norms), rtol=1e-6)
+
+
+def test_random_splits_are_spread_evenly_over_the_simplex():
+    tried = np.array([trial.shares for trial in random_search(lambda shares: 0.0, contexts=4, trials=4000, seed=1)])
+    np.testing.assert_allclose(tried.sum(1), 1, rtol=1e-12)
+    # Dirichlet(1, 1, 1, 1): each share is Beta(1, 3), with mean 1/4, variance 3/80 and a 3/4 chance to the 3 of exceeding 1/4.
+    np.testing.assert_allclose(tried.mean(0), 0.25, atol=0.012)
+    np.testing.assert_allclose(tried.var(0), 3 / 80, rtol=0.1)
+    np.testing.assert_allclose((tried > 0.25).mean(0), 0.75**3, atol=0.03)
+
+
+def test_bayesian_optimisation_comes_nearer_than_chance():
+    pytest.importorskip("optuna")
+    squared = np.array([25.0, 4.0, 1.0, 0.5, 0.3, 0.1])
+
+    def error(shares):  # of a linear model whose weights shrink as the noise asks
+        noise = 1 / (10 * np.array(shares))
+        return float((squared * noise / (1 + noise)).sum())
+
+    found = [min(trial.error for trial in bayesian_search(error, contexts=6, trials=25, seed=seed)) for seed in range(2)]
+    chance = [min(trial.error for trial in random_search(error, 6, 25, seed)) for seed in range(20)]
+    assert np.mean(found) < np.mean(chance) - np.std(chance)
+
+
+@pytest.mark.parametrize("search", [random_search, bayesian_search])
+def test_a_search_refuses_nothing_to_do(search):
+    with pytest.raises(ValueError, match="2 contexts and 1 trial but got 1 and 0"):
+        search(lambda shares: 0.0, contexts=1, trials=0)
+
+
+def test_norms_say_what_is_wrong():
+    with pytest.raises(ValueError, match=r"at least 4 columns of weights but got shape \(2, 3\)"):
+        norm_shares(torch.ones(2, 3), 4)
+    with pytest.raises(ValueError, match="All weights are 0"):
+        norm_shares(torch.zeros(2, 4), 4)

@@ -3,6 +3,7 @@
 from lit_compress.budget.linear import linear_resources
 from lit_compress.budget.matching import matching_total
 from lit_compress.budget.noise import NoiseProcess, QuantizationNoise, RateNoise, SamplingNoise
+from lit_compress.budget.search import Trial, bayesian_search, norm_shares, random_search
 from lit_compress.budget.split import BudgetSplit, largest_remainder
 
 __all__ = [
@@ -11,7 +12,11 @@ __all__ = [
     "QuantizationNoise",
     "RateNoise",
     "SamplingNoise",
+    "Trial",
+    "bayesian_search",
     "largest_remainder",
     "linear_resources",
     "matching_total",
+    "norm_shares",
+    "random_search",
 ]
