@@ -168,6 +168,13 @@ def test_a_measured_scale_keeps_a_statistic_from_outgrowing_its_noise():
     torch.testing.assert_close(slope.squeeze(), 2 * variance.sum().detach() / module.statistic.weight.detach().squeeze())
 
 
+def test_a_context_without_variance_breaks_no_gradient():
+    module, (readings, targets) = gatherer(statistic=nn.Linear(1, 1)), sensors(count=8)
+    readings[:, 1] = 0.0
+    module.training_step((readings, targets), 0).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
 def test_the_split_has_a_speed_of_its_own():
     optimizer = gatherer(budget_speed=20.0).configure_optimizers()
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.02]

@@ -129,6 +129,8 @@ class BudgetSplit(nn.Module):
         """
         resources = self.resources(total)
         scale = torch.as_tensor(variance, dtype=resources.dtype, device=resources.device)
+        # The root of a measured variance of 0 (a context whose images were all black) has no gradient.
+        scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
         return self.process.sigma(resources.reshape(*resources.shape, *[1] * (scale.ndim - 1)), scale)
 
     def spend(self, total: float | None = None) -> Tensor:
