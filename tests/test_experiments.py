@@ -23,3 +23,29 @@ def test_figure_1_of_p3_runs_on_mnist(data_dir, root, tmp_path):
     assert all(run["size"] <= 1 for run in runs)
     assert "| lenet5 | PFA-KL | filter selection |" in shown
     assert (tmp_path / "f.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_budgets_are_compared_on_rotated_mnist_and_a_run_goes_on(data_dir, root, tmp_path):
+    arguments = ["--seeds", "0", "--epochs", "1", "--sets", "64", "--test_sets", "32", "--trials", "2"]
+    command = [sys.executable, "-m", "benchmarks.experiments.rotated_mnist", *arguments]
+    command += ["--data", str(data_dir("MNIST")), "--out", str(tmp_path / "f")]
+    first, again = (subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert "done" in first
+    assert "done" not in again
+    assert again in first
+    assert "| Bayesian optimisation |" in first
+    assert "| strong | 20 |" in first
+    assert (tmp_path / "f.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_buoys_are_told_from_each_other(root, tmp_path):
+    arguments = ["--synthetic", "--seeds", "0", "1", "--targets", "3", "--epochs", "1", "--out", str(tmp_path / "t")]
+    shown = subprocess.run(
+        [sys.executable, "-m", "benchmarks.experiments.tao_buoys", *arguments],
+        cwd=root, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert {run["target"] for run in json.loads((tmp_path / "t.json").read_text())} == {3}
+    assert "| 3 (8N165E) |" in shown
+    assert (tmp_path / "t.png").stat().st_size > 1000
