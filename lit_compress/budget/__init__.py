@@ -1,5 +1,6 @@
 """What an answer costs: a total budget split over contexts, learnt together with the model that reads them."""
 
+from lit_compress.budget.jpeg import JPEGTables, save_jpeg, standard_tables
 from lit_compress.budget.linear import linear_resources
 from lit_compress.budget.matching import matching_total
 from lit_compress.budget.noise import NoiseProcess, QuantizationNoise, RateNoise, SamplingNoise
@@ -8,6 +9,7 @@ from lit_compress.budget.split import BudgetSplit, largest_remainder
 
 __all__ = [
     "BudgetSplit",
+    "JPEGTables",
     "NoiseProcess",
     "QuantizationNoise",
     "RateNoise",
@@ -19,4 +21,6 @@ __all__ = [
     "matching_total",
     "norm_shares",
     "random_search",
+    "save_jpeg",
+    "standard_tables",
 ]
