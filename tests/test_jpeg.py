@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from scipy.fft import dctn
 
-from lit_compress.budget import JPEGTables, save_jpeg, standard_tables
+from lit_compress.budget import JPEGTables, jpeg_tables, save_jpeg, standard_tables
+from lit_compress.budget.cdf import CDFTransform
 from lit_compress.budget.dct import block_dct, image_blocks, inverse_block_dct
 from lit_compress.budget.jpeg import encode_jpeg, quantized, read_image, steps_for_bits, whole_table
+from lit_compress.cli import main
 
 VECTORS = np.load(Path(__file__).parent / "reference" / "independent_vectors.npz")
 
@@ -132,3 +135,86 @@ def test_tables_keep_to_a_baseline_file():
         JPEGTables((1,) * 64, (256,) * 64)
     with pytest.raises(ValueError, match="must lie in 1 to 100 but got 0"):
         standard_tables(0)
+
+
+# --- learnt tables
+
+
+def test_columns_become_normal_and_come_back():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.stack([-torch.rand(20_000, generator=generator).log(), torch.randn(20_000, generator=generator).exp()], dim=1)
+    transform = CDFTransform(samples)
+    normal = transform(samples)
+    for column in normal.T:
+        assert stats.kstest(column.numpy(), "norm").statistic < 0.01
+    torch.testing.assert_close(transform.inverse(normal), samples, rtol=1e-3, atol=1e-4)
+    beyond = torch.tensor([[2.0, 500.0], [-1.0, -5.0]])
+    torch.testing.assert_close(transform.inverse(transform(beyond)), beyond, rtol=1e-3, atol=1e-2)
+
+
+def test_columns_of_few_values_can_be_mapped_back_too():
+    samples = torch.cat([torch.zeros(900, 2), torch.ones(100, 2)])
+    samples[:, 1] = 5.0
+    transform = CDFTransform(samples)
+    torch.testing.assert_close(transform.inverse(transform(samples)), samples, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", [4.0, 16.0])
+def test_evenly_spread_noise_is_that_of_real_rounding(steps):
+    """For coefficients that spread well over a step; below, rounding leaves the coefficient itself."""
+    coefficients = 60 * torch.randn(20_000, 1, 1, generator=torch.Generator().manual_seed(0))
+    error = quantized(coefficients, torch.tensor(steps)) - coefficients
+    assert error.std() == pytest.approx(steps / 12**0.5, rel=0.02)
+    assert error.abs().max() <= steps / 2
+
+
+@pytest.mark.parametrize("noise", ["normal", "uniform"])
+@pytest.mark.parametrize("image", [picture(96, 96), picture(96, 96)[0]], ids=["colour", "grey"])
+def test_files_have_the_size_asked_for(image, noise, tmp_path):
+    tables = jpeg_tables(image, bits=1.5, noise=noise, steps=60)
+    assert save_jpeg(image, tmp_path / "f.jpg", tables) == pytest.approx(1.5, rel=0.03)
+
+
+def test_coefficients_that_say_more_get_finer_steps():
+    generator = torch.Generator().manual_seed(0)
+    stripes = 128 + 50 * torch.randn(1, 128, generator=generator).repeat(128, 1) + 3 * torch.randn(128, 128, generator=generator)
+    luma = torch.tensor(jpeg_tables(stripes.clamp(0, 255).to(torch.uint8), bits=1.0, noise="uniform", steps=600).luma)
+    luma = luma.reshape(8, 8).float()  # upright stripes have horizontal frequencies alone: the first row
+    assert luma[0].mean() < 0.5 * luma[1:].mean()
+
+
+def test_the_global_random_state_is_left_alone_and_the_seed_decides():
+    image, state = picture(32, 32), torch.get_rng_state()
+    first = jpeg_tables(image, 4.0, steps=12, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert jpeg_tables(image, 4.0, steps=12, seed=3) == first
+
+
+def test_tables_say_what_they_cannot_do():
+    with pytest.raises(ValueError, match=r"reach from .* to .* bits per pixel here, but 50 were asked for"):
+        jpeg_tables(picture(), bits=50)
+    with pytest.raises(ValueError, match="all grey or all in colour"):
+        jpeg_tables([picture(), picture()[0]], bits=1)
+    with pytest.raises(ValueError, match="'normal' or 'uniform' but got 'pink'"):
+        jpeg_tables(picture(), bits=1, noise="pink")
+
+
+def test_the_command_writes_files_of_the_size(tmp_path, capsys):
+    for index in range(2):
+        Image.fromarray(picture(64, 64, seed=index).permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+    images = [str(tmp_path / f"{index}.png") for index in range(2)]
+    main(["jpeg", *images, "--bits", "2", "--out", str(tmp_path / "out"), "--noise", "uniform"])
+    sizes = [8 * (tmp_path / "out" / f"{index}.jpg").stat().st_size / 64**2 for index in range(2)]
+    assert np.mean(sizes) == pytest.approx(2, rel=0.03)
+    shown = capsys.readouterr().out
+    assert f"1.jpg: {sizes[1]:.3f} bits per pixel" in shown
+    assert "chroma" in shown
+    for arguments, text in [
+        ([images[0], "--bits", "1", "--out", str(tmp_path / "out" / "0.jpg")], "exists; give another"),
+        ([*images, "--bits", "1", "--out", str(tmp_path / "x.jpg")], "`--out` is a folder"),
+        ([images[0], "--bits", "99", "--out", str(tmp_path / "x.jpg")], "99 were asked for"),
+    ]:
+        with pytest.raises(SystemExit, match="1"):
+            main(["jpeg", *arguments])
+        assert text in capsys.readouterr().err

@@ -6,6 +6,7 @@ from lit_compress.budget.matching import matching_total
 from lit_compress.budget.noise import NoiseProcess, QuantizationNoise, RateNoise, SamplingNoise
 from lit_compress.budget.search import Trial, bayesian_search, norm_shares, random_search
 from lit_compress.budget.split import BudgetSplit, largest_remainder
+from lit_compress.budget.tables import jpeg_tables
 
 __all__ = [
     "BudgetSplit",
@@ -16,6 +17,7 @@ __all__ = [
     "SamplingNoise",
     "Trial",
     "bayesian_search",
+    "jpeg_tables",
     "largest_remainder",
     "linear_resources",
     "matching_total",
