@@ -65,6 +65,16 @@ class Runs:
         return self.done[-1]
 
 
+def extra(matched: Sequence[float | None], total: float, most: float) -> str:
+    """Median, least and most by which a uniform total must be larger; `None` where even `most` was not enough."""
+    shares = sorted((most if value is None else value) / total - 1 for value in matched)
+
+    def shown(share: float) -> str:
+        return f"> {100 * share:.0f} %" if share >= most / total - 1 else f"{100 * share:.0f} %"
+
+    return f"{shown(statistics.median(shares))} ({shown(shares[0])} to {shown(shares[-1])})"
+
+
 def interval(values: Sequence[float], percent: bool = False) -> str:
     """Mean and half the width of its 95 % interval by Student's t."""
     scale, unit = (100, " %") if percent else (1, "")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.gathering import Runs, first_layer, fit, interval, quiet, validated
+from benchmarks.experiments.gathering import Runs, extra, first_layer, fit, interval, quiet, validated
 from lit_compress.budget import BudgetSplit, bayesian_search, matching_total, norm_shares, random_search
 from lit_compress.datamodules import MNISTDataModule, RotatedMNISTDataModule
 from lit_compress.metrics import MeanAngleError
@@ -51,7 +51,7 @@ def gatherer(contexts: int, total: float | None, shares: Sequence[float] | None 
     )
 
 
-def extra(runs: Runs, sparsity: str, seed: int, data: RotatedMNISTDataModule, epochs: int) -> None:
+def match(runs: Runs, sparsity: str, seed: int, data: RotatedMNISTDataModule, epochs: int) -> None:
     """How much larger a uniform budget must be; both models are for the whole range of totals."""
 
     def run() -> dict:
@@ -114,6 +114,23 @@ def compare(runs: Runs, seed: int, data: RotatedMNISTDataModule, epochs: int, tr
         runs.get(key(arm), searched)
 
 
+def noise(runs: Runs, data: RotatedMNISTDataModule, epochs: int) -> None:
+    """Standard error of really gathered statistics over the model's σ, for each digit; the mean of 64 stands for the truth."""
+
+    def run() -> dict:
+        module = fit(lambda: gatherer(10, 10.0), data, epochs, seed=0)
+        statistics = torch.cat([batch[0] for batch in module.summarise(data.test_dataloader())])
+        truth = statistics.mean(2)
+        ratios = {}
+        for amount in (1, 2, 4):
+            # The truth holds the observations themselves, which makes the error look smaller by this factor.
+            square = (statistics[:, :, :amount].mean(2) - truth).square().mean((0, 2)) / (1 - amount / statistics.shape[2])
+            ratios[str(amount)] = (square / (module.variance.mean(1) / amount)).sqrt().tolist()
+        return ratios
+
+    runs.get({"part": "noise"}, run)
+
+
 def tables(done: list[dict]) -> str:
     """Both comparisons, as markdown."""
     lines = ["| split | angle error, rad | runs | fits a run | seconds a run |", "|---|---|---|---|---|"]
@@ -125,7 +142,7 @@ def tables(done: list[dict]) -> str:
             lines.append(f"| {arm} | {interval([run['error'] for run in found])} | {len(found)} | {fits} | {seconds:.0f} |")
     lines += [
         "",
-        "| black images | total | learnt, rad | uniform, rad | uniform must be larger by | runs |",
+        "| black images | total | learnt, rad | uniform, rad | uniform must be larger by, median (range) | runs |",
         "|---|---|---|---|---|---|",
     ]
     every: list[float] = []
@@ -133,15 +150,23 @@ def tables(done: list[dict]) -> str:
         found = [run for run in done if run["part"] == "extra" and run["sparsity"] == sparsity]
         for total in TOTALS if found else ():
             here = [run[str(total)] for run in found]
-            matched = [one["matched"] / total - 1 for one in here if one["matched"] is not None]
-            every += matched
-            beyond = len(here) - len(matched)
-            more = interval(matched, percent=True) if matched else ""
-            more += f" ({beyond} beyond {RANGE[1]:g})" if beyond else ""
+            matched = [one["matched"] for one in here]
+            every += [(value or RANGE[1]) / total - 1 for value in matched]
+            more = extra(matched, total, RANGE[1])
             ours, theirs = (interval([one[name] for one in here]) for name in ("learnt", "uniform"))
             lines.append(f"| {sparsity} | {total} | {ours} | {theirs} | {more} | {len(here)} |")
     if every:
-        lines += ["", f"Over all: {interval(every, percent=True)} ({len(every)} comparisons)."]
+        lines += [
+            "",
+            f"Over all: {interval(every, percent=True)} ({len(every)} comparisons; beyond the range counts as its end).",
+        ]
+    for run in done:
+        if run["part"] == "noise":
+            lines += ["", "| images gathered | measured standard error over σ, each digit | mean |", "|---|---|---|"]
+            for amount in ("1", "2", "4"):
+                ratios = run[amount]
+                every_digit = " ".join(f"{ratio:.2f}" for ratio in ratios)
+                lines.append(f"| {amount} | {every_digit} | {sum(ratios) / len(ratios):.3f} |")
     return "\n".join(lines)
 
 
@@ -195,18 +220,19 @@ def main() -> None:
     quiet()
     runs = Runs(options.out.with_suffix(".json"))
 
-    def data(sparsity: str) -> RotatedMNISTDataModule:
+    def data(sparsity: str, offered: int = 24, test_sets: int = options.test_sets) -> RotatedMNISTDataModule:
         return RotatedMNISTDataModule(
-            MNISTDataModule(options.data), observations=4, test_observations=24, sparsity=SPARSITIES[sparsity], bins=BINS,
-            side=SIDE, train_size=options.sets, val_size=512, test_size=options.test_sets,
+            MNISTDataModule(options.data), observations=4, test_observations=offered, sparsity=SPARSITIES[sparsity], bins=BINS,
+            side=SIDE, train_size=options.sets, val_size=512, test_size=test_sets,
         )  # fmt: skip
 
     for seed in options.seeds:
         compare(runs, seed, data(MAIN), options.epochs, trials=0)
         for sparsity in SPARSITIES:
-            extra(runs, sparsity, seed, data(sparsity), options.epochs)
+            match(runs, sparsity, seed, data(sparsity), options.epochs)
     for seed in options.search_seeds:
         compare(runs, seed, data(MAIN), options.epochs, options.trials)
+    noise(runs, data("graded", offered=64, test_sets=min(400, options.test_sets)), options.epochs)
     picture(runs.done).savefig(options.out.with_suffix(".png"), dpi=110)
     print(tables(runs.done))
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.gathering import Runs, fit, interval, quiet
+from benchmarks.experiments.gathering import Runs, extra, fit, interval, quiet
 from lit_compress.budget import BudgetSplit, matching_total
 from lit_compress.datamodules import TAODataModule
 from lit_compress.models import NormedMLP
@@ -67,16 +67,15 @@ def table(done: list[dict], data: TAODataModule) -> str:
     """A row a buoy, as markdown."""
     apart = distances(data.positions)
     lines = [
-        "| buoy | predicting the mean | uniform | learnt | uniform costs more by | share of the nearest | runs |",
+        "| buoy | predicting the mean | uniform | learnt | uniform costs more by, median (range) | share of the nearest | runs |",
         "|---|---|---|---|---|---|---|",
     ]
-    every: list[float] = []
+    every: list[float | None] = []
     for target in sorted({run["target"] for run in done}):
         found = [run for run in done if run["target"] == target]
-        more = [run["matched"] / TOTAL - 1 for run in found if run["matched"] is not None]
-        every += more
-        beyond = len(found) - len(more)
-        cost = (interval(more, percent=True) if more else "") + (f" ({beyond} beyond {RANGE[1]:g})" if beyond else "")
+        matched = [run["matched"] for run in found]
+        every += matched
+        cost = extra(matched, TOTAL, RANGE[1])
         others = [buoy for buoy in range(10) if buoy != target]
         nearest = int(np.argmin(apart[target][others]))
         share = interval([run["shares"][nearest] for run in found], percent=True)
@@ -84,7 +83,8 @@ def table(done: list[dict], data: TAODataModule) -> str:
         name = TAODataModule(target=target, data_dir=data.data_dir, synthetic=data.synthetic).target_name
         lines.append(f"| {target} ({name}) | {' | '.join(columns)} | {cost} | {share} | {len(found)} |")
     if every:
-        lines += ["", f"Over all: {interval(every, percent=True)} ({len(every)} comparisons)."]
+        better = sum(run["learnt"] < run["uniform"] for run in done)
+        lines += ["", f"Over all: {extra(every, TOTAL, RANGE[1])}; the learnt split errs less in {better} of {len(done)} runs."]
     return "\n".join(lines)
 
 
