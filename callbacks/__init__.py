@@ -1,6 +1,8 @@
 """Callbacks that make a network smaller while it trains, and watch it."""
 
 from lit_compress.callbacks.apply_recipe import ApplyRecipe
+from lit_compress.callbacks.budget_curve import BudgetCurve
+from lit_compress.callbacks.budget_monitor import BudgetMonitor
 from lit_compress.callbacks.crs import CRSWeightDecay
 from lit_compress.callbacks.monitor import CompressionMonitor
 from lit_compress.callbacks.pfa import PFAPruning
@@ -13,6 +15,8 @@ from lit_compress.callbacks.vib import VIBPruning
 
 __all__ = [
     "ApplyRecipe",
+    "BudgetCurve",
+    "BudgetMonitor",
     "CRSWeightDecay",
     "CompressionMonitor",
     "MagnitudePruning",

@@ -4,7 +4,9 @@ from lit_compress.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lit_compress.datamodules.digits import DigitsDataModule
 from lit_compress.datamodules.imagenet import ImageNetDataModule
 from lit_compress.datamodules.mnist import MNISTDataModule
+from lit_compress.datamodules.rotated_mnist import RotatedMNISTDataModule
 from lit_compress.datamodules.segmentation import SegmentationDataModule
+from lit_compress.datamodules.tao import TAODataModule
 from lit_compress.datamodules.teacher_cache import TeacherCacheDataModule
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "DigitsDataModule",
     "ImageNetDataModule",
     "MNISTDataModule",
+    "RotatedMNISTDataModule",
     "SegmentationDataModule",
+    "TAODataModule",
     "TeacherCacheDataModule",
 ]

@@ -45,3 +45,25 @@ def test_domain_adaptation_of_p3_runs_on_mnist_and_goes_on_where_it_was_stopped(
     shown = run(root, "p3_domains", arguments)
     assert [line.rpartition(": ")[0] for line in shown.splitlines() if line.startswith("seed")] == ["seed 0, S1: PFA fine"]
     assert json.loads(out.read_text()) == runs
+
+
+@pytest.mark.long
+def test_budgets_are_compared_on_rotated_mnist_and_a_run_goes_on(data_dir, root, tmp_path):
+    arguments = ["--seeds", "0", "--epochs", "1", "--sets", "64", "--test_sets", "32", "--trials", "2"]
+    arguments += ["--data", str(data_dir("MNIST")), "--out", str(tmp_path / "f")]
+    first, again = (run(root, "rotated_mnist", arguments) for _ in range(2))
+    assert "done" in first
+    assert "done" not in again
+    assert again in first
+    assert "| Bayesian optimisation |" in first
+    assert "| strong | 20 |" in first
+    assert (tmp_path / "f.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_buoys_are_told_from_each_other(root, tmp_path):
+    arguments = ["--synthetic", "--seeds", "0", "1", "--targets", "3", "--epochs", "1", "--out", str(tmp_path / "t")]
+    shown = run(root, "tao_buoys", arguments)
+    assert {run["target"] for run in json.loads((tmp_path / "t.json").read_text())} == {3}
+    assert "| 3 (8N165E) |" in shown
+    assert (tmp_path / "t.png").stat().st_size > 1000

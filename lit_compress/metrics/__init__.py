@@ -1,5 +1,6 @@
 """Figures that say how good, or how small, a network is."""
 
+from lit_compress.metrics.angle import MeanAngleError
 from lit_compress.metrics.compression import CompressionRatios
 
-__all__ = ["CompressionRatios"]
+__all__ = ["CompressionRatios", "MeanAngleError"]
