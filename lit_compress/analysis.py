@@ -350,9 +350,18 @@ class Analysis:
             rounded = f" and `round_to={limits.round_to}`" if limits.round_to > 1 else ""
             raise ValueError(
                 f"`{name}={share:g}` cannot be reached: with `min_width={limits.min_width}`{rounded} the smallest network has "
-                f"{smallest}. Raise `{name}`, or leave fewer layers out."
+                f"{smallest}.{self._largest_whole()} Raise `{name}`, or leave fewer layers out."
             )
         return self._recipe(at(step), self.method.describe(f"{name}={share:g}"))
+
+    def _largest_whole(self) -> str:
+        """A sentence on the layers that are left whole, which may be why a target is out of reach."""
+        whole = self.whole.keys() & self.graph.layers.keys()
+        if not whole:
+            return ""
+        largest = max(sorted(whole), key=lambda name: prod(self.graph.shapes[self.graph.layers[name].weight]))
+        count = f"{len(whole)} of {len(self.graph.layers)} layers are left whole"
+        return f" {count}; the largest of them is {largest!r}: {self.whole[largest]}."
 
     def _widest_of_size(self, name: str, share: float, steps: int, at: Callable[[int], Marks]) -> tuple[int | None, str]:
         """The last step within a size, which grows along the path, and what the first one has."""
