@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lit_compress.callbacks.steps import is_dev_run
 from lit_compress.checkpoint import rebuild
 from lit_compress.slicing import all_tensors, set_data
 
@@ -50,6 +52,24 @@ def forget_bests(trainer: Trainer) -> None:
         elif isinstance(callback, EarlyStopping):
             callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
             callback.wait_count = 0
+
+
+def stops_now(trainer: Trainer) -> bool:
+    """Whether this epoch, which ends, is the last one. ``EarlyStopping`` looks only later, right before files are written."""
+    if trainer.current_epoch + 1 == trainer.max_epochs or 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    if trainer.current_epoch + 1 < (trainer.min_epochs or 0) or trainer.global_step < (trainer.min_steps or 0):
+        return False
+    callbacks = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+    stops = trainer.should_stop or any(_will_stop(callback, trainer) for callback in callbacks)
+    return trainer.strategy.reduce_boolean_decision(stops, all=False)
+
+
+def _will_stop(callback: EarlyStopping, trainer: Trainer) -> bool:
+    if not callback._check_on_train_epoch_end or callback._should_skip_check(trainer) or is_dev_run(trainer):
+        return False
+    value = trainer.callback_metrics.get(callback.monitor)
+    return value is not None and copy.copy(callback)._evaluate_stopping_criteria(value.squeeze())[0]
 
 
 @contextmanager

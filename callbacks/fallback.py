@@ -47,7 +47,7 @@ class Kept:
         forget_bests(trainer)
         outlets, plan = Outlets(trainer), plan_of(pl_module)
         if outlets.open and plan is None:
-            (outlets.folder / "recipe.json").unlink(missing_ok=True)
+            outlets.write("recipe.json", lambda path: path.unlink(missing_ok=True))
         elif outlets.open and plan is not None:
             outlets.recipe(plan.recipe, {"restored": True})
 
@@ -94,6 +94,11 @@ class Fallback:
     def searching(self) -> bool:
         """Whether it is not decided yet how much can be cut."""
         return self.recovery.searching
+
+    @property
+    def open(self) -> bool:
+        """Whether a cut was made that the end of the run may still have to go back from."""
+        return not self._ended and (self._held or self._before) is not None and self.recovery.reference is not None
 
     def check(self, metrics: Mapping[str, float]) -> None:
         """Refuse what ``max_drop`` cannot be measured by.
@@ -165,7 +170,7 @@ class Fallback:
             The reports of the cuts of what was put back; None if the network stays.
         """
         kept = self._held or self._before
-        if self._ended or kept is None or self.recovery.reference is None:
+        if not self.open or kept is None:
             return None
         self._ended = True
         if self.recovery.holds(value):

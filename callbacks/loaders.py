@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -50,6 +50,16 @@ def analysis_batches(trainer: Trainer, pl_module: LightningModule, choice: Choic
     return AnalysisBatches(mine, whole, trainer, pl_module)
 
 
+def refuse_several(trainer: Trainer, pl_module: LightningModule, choice: Choice) -> None:
+    """Refuse a Trainer that has no loader of its own for an analysis, or several, before it trains.
+
+    Raises:
+        MisconfigurationException: If the analysis is to read the Trainer's data and that is so.
+    """
+    if isinstance(choice, str) or (choice is None and not _offers(trainer, pl_module)):
+        _trainers_own(trainer, choice or "train")
+
+
 class AnalysisBatches:
     """This rank's batches of a loader, moved to the module's device by its own transfer hooks.
 
@@ -93,10 +103,12 @@ class AnalysisBatches:
 
 def _offered(trainer: Trainer, pl_module: LightningModule) -> Any:
     """What the module or the datamodule offers for an analysis, or None."""
-    for source in (pl_module, getattr(trainer, "datamodule", None)):
-        if callable(offer := getattr(source, "analysis_dataloader", None)):
-            return offer()
-    return None
+    return next((offer() for offer in _offers(trainer, pl_module)), None)
+
+
+def _offers(trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], Any]]:
+    sources = (pl_module, getattr(trainer, "datamodule", None))
+    return [offer for source in sources if callable(offer := getattr(source, "analysis_dataloader", None))]
 
 
 def _trainers_own(trainer: Trainer, split: str) -> Any:

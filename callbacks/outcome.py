@@ -88,8 +88,8 @@ class CutReport:
         for name, figure in figures.items():
             outlets.figure(f"compress/{name}", figure, f"cut_{index}_{name}")
         outlets.table("compress/layers", *table.cells())
-        (outlets.folder / f"cut_{index}_layers.txt").write_text(str(table), encoding="utf-8")
-        self.recipe.save(outlets.folder / "recipe.json")
+        outlets.write(f"cut_{index}_layers.txt", lambda path: path.write_text(str(table), encoding="utf-8"))
+        outlets.write("recipe.json", self.recipe.save)
 
     def finish(self, trainer: Trainer, first: Measurement, final: Mapping[str, float]) -> None:
         """Log and print what the run gained: before the first cut, after the last one, and after fine-tuning."""
@@ -101,7 +101,7 @@ class CutReport:
             "before": asdict(first), "after_cut": asdict(self.after), "fine_tuned": dict(final), "batch_size": self.batch_size,
             "method": self.recipe.method,
         }  # fmt: skip
-        (outlets.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        outlets.write("summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
         console = Console()
         console.print(self._table(first, final))
         console.print(f"Recipe, tables and pictures: {escape(str(outlets.folder))}", soft_wrap=True)

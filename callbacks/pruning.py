@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -18,9 +19,9 @@ from typing_extensions import override
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze
 from lit_compress.callbacks.anew import draw_anew
-from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests, optimizers_of
+from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests, optimizers_of, stops_now
 from lit_compress.callbacks.fallback import Fallback, Kept
-from lit_compress.callbacks.loaders import analysis_batches
+from lit_compress.callbacks.loaders import analysis_batches, refuse_several
 from lit_compress.callbacks.outcome import CutReport, Measurement
 from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
@@ -141,7 +142,8 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException(f"Argument `loader` must be 'train', 'val' or a DataLoader but got {loader!r}.")
         if isinstance(loader, Iterator):
             raise MisconfigurationException(
-                "Argument `loader` is an iterator, which runs dry: give what can be iterated over again."
+                "Argument `loader` is an iterator, which runs dry (as a CombinedLoader does): give one that can be iterated over "
+                "again."
             )
         if isinstance(include, str) or isinstance(exclude, str):
             raise MisconfigurationException("Arguments `include` and `exclude` are lists of patterns, not one string.")
@@ -163,6 +165,7 @@ class PruningCallback(Callback, ABC):
         self._failed = False
         self._final: dict[str, float] = {}  # metrics of a network that was put back at the end
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
+        self._validated_at = -1  # the step at which the network as it is was validated
 
     @property
     def method(self) -> Method:
@@ -201,6 +204,7 @@ class PruningCallback(Callback, ABC):
         if stage != "fit":
             return
         self._resumed_rng = self._validated = None
+        self._validated_at = -1
         self._final = {}
         self._failed = False
         if trainer.global_step == 0:  # what is resumed brings its own state later
@@ -228,6 +232,7 @@ class PruningCallback(Callback, ABC):
                 refuse_sharded(optimizer)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        refuse_several(trainer, pl_module, self.loader)
         if self.restart_schedule and self._first_schedule is None:
             self._first_schedule = first_schedule(trainer, pl_module)
         # Resumed in the middle of an epoch, the rest of that epoch comes first.
@@ -243,6 +248,7 @@ class PruningCallback(Callback, ABC):
             self._validated = None
         if self.fallback is not None and self.fallback.must_go_back:
             hopeless = self.fallback.strength == 0
+            self._validated_at = -1
             self.reports = self.fallback.go_back(trainer, pl_module)
             if hopeless:
                 self.nothing_left(trainer)
@@ -258,6 +264,7 @@ class PruningCallback(Callback, ABC):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._validated = self._monitored(trainer)
+            self._validated_at = trainer.global_step
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -267,19 +274,33 @@ class PruningCallback(Callback, ABC):
             self.fallback.watch(trainer, pl_module, self.reports, self._validated)
         self._validated = None
         # Before `ModelCheckpoint`, which comes last, writes the file of the last epoch.
-        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
-            self._end(trainer, pl_module)
+        if self.fallback is not None and stops_now(trainer) and self._put_back(trainer, pl_module, self.fallback):
+            trainer.should_stop = True  # `EarlyStopping` now looks at the metrics of another network
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer, pl_module)
+        if self.fallback is not None and self._put_back(trainer, pl_module, self.fallback) and trainer.checkpoint_callbacks:
+            rank_zero_warn(
+                "Something ended training after the last checkpoint was written: that file holds the network that had lost too "
+                "much. Save the one that was put back: `trainer.save_checkpoint(...)`."
+            )
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not leave training with a network that has lost more than it may."""
-        if self.fallback is None or not (value := self._monitored(trainer)):
-            return
-        if (reports := self.fallback.end(trainer, pl_module, value[self.schedule.monitor])) is not None:
-            self.reports, self._final = reports, evaluate(trainer, pl_module)
+    def _put_back(self, trainer: Trainer, pl_module: LightningModule, fallback: Fallback) -> bool:
+        """Do not leave training with a network that has lost more than it may. Returns whether another one was put back."""
+        if not fallback.open:
+            return False
+        name = self.schedule.monitor
+        if self._validated_at == trainer.global_step:
+            value = self._monitored(trainer)[name]
+        else:  # trained on since it was last validated, or cut
+            self._final = evaluate(trainer, pl_module)
+            value = self._final[name]
+        if (reports := fallback.end(trainer, pl_module, value)) is None:
+            return False
+        self.reports, self._final = reports, evaluate(trainer, pl_module)
+        # What `ModelCheckpoint` ranks the network by.
+        trainer.callback_metrics.update({key: torch.tensor(one, device=pl_module.device) for key, one in self._final.items()})
+        return True
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -293,6 +314,25 @@ class PruningCallback(Callback, ABC):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._failed = True  # perhaps on this rank alone: a checkpoint that is written now cannot ask the others
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume as another configuration than the one that has cut: all would be cut once more.
+
+        Raises:
+            MisconfigurationException: If the checkpoint has the state of a callback of this class with other arguments.
+        """
+        saved = checkpoint.get("callbacks", {})
+        if trainer.state.fn != TrainerFn.FITTING or self.state_key in saved:
+            return
+        present = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        for key, state in saved.items():
+            if key.startswith(f"{type(self).__qualname__}{{") and key not in present and state["schedule"]["cuts"]:
+                raise MisconfigurationException(
+                    f"The checkpoint's network was cut by {key}, but this run has {self.state_key}, which would cut it once "
+                    "more. Resume with the arguments that it had; for further cuts, add a second "
+                    f"{type(self).__name__} beside it."
+                )
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -404,6 +444,7 @@ class PruningCallback(Callback, ABC):
         )
         if self.fallback is not None and kept is not None:
             self.fallback.begin(kept, metrics)
+        self._validated_at = -1
         self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]

@@ -317,6 +317,13 @@ def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: R
             raise ValueError(f"Tensor {name!r} has shape {new}, which is not cut out of {old}.")
         if new != old:
             keep[name] = {dim: tuple(range(after)) for dim, after in enumerate(new) if after < old[dim]}
+    cut_sizes = {tensors[name].shape[dim] for name, dims in keep.items() for dim in dims}
+    for name in tensors.keys() - model.state_dict().keys() - weights.keys():
+        if cut_sizes.intersection(tensors[name].shape):
+            raise ValueError(
+                f"Buffer {name!r} is in no state dict, and nothing says how it was cut. Load a checkpoint of the pruned network; "
+                "or build the network, `cut(network, recipe, example_inputs)`, and load the weights."
+            )
     for layer, channels in recipe.keep.items():
         weight = weights.get(f"{layer}.weight")
         if weight is not None and len(channels) not in weight.shape[:2]:

@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
             import_module(f"lit_compress.commands.{args[0]}").main(args[1:])
         else:
             import_module("lit_compress.commands.lightning").lightning_cli(args)
-    except (ValueError, MisconfigurationException, FileNotFoundError) as error:
+    except (ValueError, MisconfigurationException, OSError) as error:
         if os.environ.get("LIT_COMPRESS_TRACEBACK"):
             raise
         print(f"lit-compress: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from lit_compress.plan import Plan
@@ -28,28 +30,33 @@ def prepared(plan: Plan, optimizer: Optimizer, names: Mapping[Tensor, str]) -> C
     refuse_sharded(optimizer)
     if isinstance(optimizer, LBFGS):
         return _prepared_lbfgs(plan, optimizer, names)
-    new: list[tuple[dict[str, Any], str, Tensor]] = []
+    new: list[tuple[dict[str, Any], str, Any]] = []
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         name = names.get(parameter)
         if name is None or name not in plan.keep:
             continue
         state = optimizer.state.get(parameter, {})
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.numel() == 1 != prod(plan.shapes[name]):
-                continue
-            if tuple(value.shape) != plan.shapes[name]:
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for parameter {name!r} of shape "
-                    f"{plan.shapes[name]}; only state of the parameter's own shape can follow a cut. "
-                    "Cut before training starts."
-                )
-            new.append((state, key, plan.take(name, value)))
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                take = partial(_taken, plan, name, f"{type(optimizer).__name__} keeps {key!r}")
+                new.append((state, key, tree_map(take, value)))  # some keep their state in lists or dicts
 
     def follow() -> None:
         for state, key, value in new:
             state[key] = value
 
     return follow
+
+
+def _taken(plan: Plan, name: str, where: str, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.numel() == 1 != prod(plan.shapes[name]):
+        return value
+    if tuple(value.shape) != plan.shapes[name]:
+        raise ValueError(
+            f"{where} of shape {tuple(value.shape)} for parameter {name!r} of shape {plan.shapes[name]}; only state of the "
+            "parameter's own shape can follow a cut. Cut before training starts."
+        )
+    return plan.take(name, value)
 
 
 def refuse_sharded(optimizer: Optimizer) -> None:

@@ -162,7 +162,7 @@ class Recipe:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no text at all
             raise ValueError(f"{path} is not a recipe: {error}.") from error
         return cls.from_dict(data)
 

@@ -42,7 +42,8 @@ class PFA(Method):
     def watched(self, model: nn.Module, graph: ChannelGraph) -> dict[str, Watched]:
         modules = dict(model.named_modules())
         taps = {sum_name(point.tap): point.tap for point in graph.sums if point.tap is not None}
-        groups = [observed(graph, group) for group in graph.groups()]
+        odd = _complex(model, graph)
+        groups = [observed(graph, group) for group in graph.groups() if odd.isdisjoint(group.members)]
         sizes = {name: len(position) for group in groups for name, position in group.members.items()}
         return {
             name: Watched(taps.get(name, Tap(name)), StreamingCovariance(size, sync_on_compute=False), spatial_max)
@@ -54,7 +55,8 @@ class PFA(Method):
     def rank(
         self, model: nn.Module, graph: ChannelGraph, watched: Mapping[str, Watched]
     ) -> tuple[dict[str, GroupSpectrum], dict[str, str]]:
-        return group_spectra(graph, {name: cast(StreamingCovariance, what.metric) for name, what in watched.items()})
+        spectra, whole = group_spectra(graph, {name: cast(StreamingCovariance, what.metric) for name, what in watched.items()})
+        return spectra, whole | dict.fromkeys(_complex(model, graph), "its responses are complex numbers")
 
     @override
     def own_widths(self, rankings: Rankings) -> tuple[dict[str, int], str]:
@@ -72,6 +74,11 @@ class PFA(Method):
     @override
     def figures(self, rankings: Rankings, kept: Mapping[str, int]) -> dict[str, Figure]:
         return {"spectra": plot_spectra({name: found.spectrum for name, found in rankings.items()}, kept)}
+
+
+def _complex(model: nn.Module, graph: ChannelGraph) -> set[str]:
+    weights = dict(model.named_parameters())
+    return {name for name, layer in graph.layers.items() if layer.weight in weights and weights[layer.weight].is_complex()}
 
 
 def group_spectra(

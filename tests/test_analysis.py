@@ -281,6 +281,29 @@ def inputs_of(count, size=6, seed=0):
     return torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
 
 
+class Spectral(nn.Module):
+    """Two complex layers between real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.outside = nn.Linear(6, 8), nn.Linear(5, 3)
+        self.one, self.two = nn.Linear(8, 7, dtype=torch.cfloat), nn.Linear(7, 5, dtype=torch.cfloat)
+
+    def forward(self, x):
+        return self.outside(self.two(self.one(self.inside(x).relu().to(torch.cfloat))).abs())
+
+
+def test_layers_of_complex_numbers_stay_whole_and_say_so():
+    torch.manual_seed(0)
+    network, inputs = Spectral(), inputs_of(64)
+    analysis = analyze(network, [inputs])
+    assert analysis.whole["one"] == analysis.whole["two"] == "its responses are complex numbers"
+    recipe = analysis.recipe(energy=0.8)
+    assert set(recipe.keep) == {"inside"}
+    cut(network, recipe, inputs)
+    assert network.one.weight.shape == (7, recipe.widths["inside"])
+
+
 def test_too_few_samples_leave_a_layer_whole_and_say_so():
     network = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3))
     analysis = analyze(network, [inputs_of(8)])

@@ -127,6 +127,33 @@ def test_a_state_dict_and_the_recipe_are_enough(as_file, tmp_path):
     assert dict(plan_of(network).recipe.keep) == dict(RECIPE.keep)
 
 
+class Positions(nn.Sequential):
+    """Adds a number to each channel, which no state dict holds."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.register_buffer("added", torch.arange(6.0), persistent=False)
+
+    def forward(self, x):
+        return self[2](self[1](self[0](x)) + self.added)
+
+
+def test_a_buffer_that_no_state_dict_holds_is_cut_by_a_checkpoint_and_refused_without():
+    x = torch.rand(2, 4)
+    network = Positions()
+    recipe = cut(network, Recipe(keep={"0": (1, 4)}), x).recipe
+    content = {"state_dict": network.state_dict()}
+    write_plan(network, content)
+    assert torch.equal(load_pruned(Positions(), content)(x), network(x))
+    other = Positions()
+    with pytest.raises(ValueError, match="Buffer 'added' is in no state dict, and nothing says how it was cut"):
+        load_pruned(other, network.state_dict(), recipe=recipe)
+    assert [len(tensor) for tensor in other.state_dict().values()] == [6, 6, 3, 3]
+    cut(other, recipe, x)  # the way out
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(other(x), network(x))
+
+
 def test_a_recipe_for_tied_layers_rebuilds_all_of_them():
     """The recipe names one member of a residual stream; the weights show what followed."""
     torch.manual_seed(0)

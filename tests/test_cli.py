@@ -34,13 +34,13 @@ def checkpoint_of(run):
 
 
 def test_fit_prunes_and_writes_what_it_did(run, capsys):
-    recipe = Recipe.load(run / "lit_compress" / "recipe.json")
-    summary = json.loads((run / "lit_compress" / "summary.json").read_text())
+    recipe = Recipe.load(run / "compress" / "recipe.json")
+    summary = json.loads((run / "compress" / "summary.json").read_text())
     assert summary["after_cut"]["parameters"] <= 0.4 * summary["before"]["parameters"]
     weights = torch.load(checkpoint_of(run), weights_only=True)["state_dict"]
     for layer, width in recipe.widths.items():
         assert len(weights[f"{layer}.weight"]) == width
-    assert {path.name for path in (run / "lit_compress").iterdir()} >= {
+    assert {path.name for path in (run / "compress").iterdir()} >= {
         "cut_0_spectra.png",
         "cut_0_widths.png",
         "cut_0_layers.txt",
@@ -87,7 +87,7 @@ def test_analyze_goes_by_the_method_of_the_config(tmp_path, capsys, monkeypatch)
 def test_shrink_cuts_a_file_that_training_goes_on_from(run, tmp_path, capsys):
     source, out = checkpoint_of(run), tmp_path / "deep" / "small.ckpt"
     recipe = tmp_path / "again.json"
-    layer, width = next(iter(Recipe.load(run / "lit_compress" / "recipe.json").widths.items()))
+    layer, width = next(iter(Recipe.load(run / "compress" / "recipe.json").widths.items()))
     kept = width // 2
     Recipe(keep={layer: range(kept)}).save(recipe)
     given = ["shrink", "--config", str(DIGITS), "--ckpt", source, "--recipe", str(recipe), "--out", str(out)]
@@ -120,6 +120,7 @@ def test_export_writes_checks_and_times(run, tmp_path, capsys):
         (["fit", "--config", str(DIGITS), "--trainer.callbacks.init_args.at_epoch", "99"], 1, "training ends after 40 epochs"),
         (["fit", "--config", str(DIGITS), "--trainer.callbacks.init_args.keep_params", "1.5"], None, "must lie in"),
         (["analyze", "--config", str(DIGITS), "--ckpt", "nowhere.ckpt"], 1, "nowhere.ckpt"),
+        (["analyze", "--config", str(DIGITS), "--ckpt", "."], 1, "Is a directory"),
         (["analyze", "--config", str(DIGITS), "--keep_params", "0.00001"], 1, "cannot be reached"),
     ],
     ids=lambda value: " ".join(word for word in value if "/" not in word) if isinstance(value, list) else None,

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch import nn
 
 from lit_compress import Recipe, analyze, count_mult_adds, count_parameters
-from lit_compress.callbacks import PFAPruning
+from lit_compress.callbacks import CompressionMonitor, PFAPruning
 from lit_compress.pictures import plot_spectra, plot_widths
 from lit_compress.report import Latency, LayerRow, LayerTable, measure_latency
 from lit_compress.selection import pfa
@@ -82,7 +82,7 @@ def test_a_csv_file_gets_every_figure(tmp_path):
     assert [float(row["compress/parameters"]) for row in cuts] == [report.after.parameters for report in pruning.reports]
     last = {name: float(row[name]) for row in rows for name in AT_THE_CUT | AT_THE_END if row[name]}
     check_values(last, module, trainer, pruning)
-    check_folder(tmp_path / "lightning_logs" / "version_0" / "lit_compress", pruning)
+    check_folder(tmp_path / "lightning_logs" / "version_0" / "compress", pruning)
 
 
 def test_tensorboard_gets_every_figure_and_the_pictures(tmp_path):
@@ -100,7 +100,7 @@ def test_tensorboard_gets_every_figure_and_the_pictures(tmp_path):
         images = events.Images(tag)
         assert [image.step for image in images] == [5, 10]
         assert all(image.width > 200 for image in images)
-    check_folder(tmp_path / "lightning_logs" / "version_0" / "lit_compress", pruning)
+    check_folder(tmp_path / "lightning_logs" / "version_0" / "compress", pruning)
 
 
 def test_weights_and_biases_gets_every_figure_the_pictures_and_the_table(tmp_path, offline_wandb):
@@ -119,12 +119,12 @@ def test_weights_and_biases_gets_every_figure_the_pictures_and_the_table(tmp_pat
         assert columns == ["layer", "channels", "channels kept", "weights", "weights kept", "note"]
         assert [row[0] for row in rows] == list(WIDTHS)
         assert {row[0]: row[2] for row in rows} == {"head": 10} | report.recipe.widths
-    check_folder(tmp_path / "lit_compress", pruning)
+    check_folder(tmp_path / "compress", pruning)
 
 
 def test_without_a_logger_everything_is_on_disk(tmp_path):
     *_, pruning = pruned(tmp_path, logger=False)
-    check_folder(tmp_path / "lit_compress", pruning)
+    check_folder(tmp_path / "compress", pruning)
 
 
 class Numbers(Logger):
@@ -149,7 +149,33 @@ def test_every_logger_of_several_is_told(tmp_path):
     for logger in loggers:
         assert {name for name in logger.seen if name.startswith("compress/")} == AT_THE_CUT | AT_THE_END
         check_values(logger.seen, module, trainer, pruning)
-    check_folder(tmp_path / "lit_compress", pruning)
+    check_folder(tmp_path / "compress", pruning)
+
+
+class Broken(Numbers):
+    """Its server cannot be reached at a cut."""
+
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith("compress/") for name in metrics):
+            raise ConnectionError("no route to host")
+
+
+def test_where_a_logger_fails_the_others_are_told_and_training_goes_on(tmp_path):
+    loggers = [Broken(), Numbers()]
+    with pytest.warns(UserWarning, match="cannot be told to Broken, and training goes on: ConnectionError: no route to host"):
+        module, trainer, pruning = pruned(tmp_path, logger=loggers)
+    check_values(loggers[1].seen, module, trainer, pruning)
+    check_folder(tmp_path / "compress", pruning)
+
+
+@pytest.mark.parametrize("others", [(), (CompressionMonitor(),)], ids=["alone", "beside a monitor"])
+def test_where_the_disk_fails_training_goes_on(others, tmp_path):
+    (tmp_path / "compress").write_text("a file where the folder should be")
+    logger, pruning, module = Numbers(), PFAPruning(energy=0.8, at_epoch=1), Small()
+    with pytest.warns(UserWarning, match=r"cannot be told to the folder .*compress, and training goes on: FileExistsError"):
+        new_trainer(tmp_path, pruning, *others, logger=logger).fit(module, *small_loaders())
+    assert len(pruning.reports) == 1
+    assert logger.seen["compress/parameters"] == count_parameters(module) < count_parameters(Small())
 
 
 def test_nothing_is_evaluated_if_that_is_not_wanted(tmp_path):
@@ -170,7 +196,7 @@ def test_the_end_of_a_run_shows_what_was_gained(tmp_path, capsys):
     for value in (first.before.metrics["val/loss"], last.after.metrics["val/loss"], trainer.callback_metrics["val/loss"]):
         assert f"{float(value):.4f}" in shown
     assert "batch 32" in shown
-    assert "lit_compress" in shown
+    assert str(tmp_path / "compress") in shown
 
 
 def test_a_module_without_trainable_parameters_has_a_table_too(tmp_path, capsys):

@@ -134,7 +134,7 @@ def test_three_loggers_are_told_the_same_and_lose_only_the_panels_they_lack(tmp_
                 assert len(picture.convert("RGB").getcolors(10**6)) > 10, "a picture of something"
 
     # Tables: in W&B as numbers, in TensorBoard as text, on disk as CSV.
-    folder = Path(loggers[0].log_dir) / "lit_compress"
+    folder = Path(loggers[0].log_dir) / "compress"
     for name, count in (("sizes", 3), ("width_history", 3), ("layers", 2)):
         tables = [run.table(value) for value in run.logged(f"compress/{name}")]
         assert len(tables) == count
@@ -167,7 +167,7 @@ def test_three_loggers_are_told_the_same_and_lose_only_the_panels_they_lack(tmp_
 
 def test_without_a_logger_everything_is_on_disk(tmp_path):
     fit_theirs(tmp_path, twice(), CompressionMonitor(), max_epochs=4, enable_checkpointing=False)
-    folder = tmp_path / "lit_compress"
+    folder = tmp_path / "compress"
     _, rows = read_csv(folder / "sizes.csv")
     assert [row[:3] for row in rows] == [["0", "0", ""], ["1", "5", "pfa(energy=0.9)"], ["2", "10", "pfa(energy=0.9)"]]
     _, rows = read_csv(folder / "width_history.csv")
@@ -183,7 +183,7 @@ def test_a_static_network_is_shown_without_any_pruning(tmp_path):
     told = by_key(numbers_in_csv(logger))
     assert told["compress/parameters"] == [(step, count_parameters(Theirs())) for step in (0, 5, 10, 15)]
     assert told["compress/share_of_mult_adds"] == [(step, 1) for step in (0, 5, 10, 15)]
-    assert {path.name for path in (Path(logger.log_dir) / "lit_compress").iterdir()} == {
+    assert {path.name for path in (Path(logger.log_dir) / "compress").iterdir()} == {
         "history.png", "sizes.csv", "width_history.csv",
     }  # fmt: skip
 
@@ -223,7 +223,7 @@ def test_several_pruning_callbacks_and_cuts_by_hand_are_all_events(tmp_path):
         (0, ""), (1, "pfa(energy=0.9) then pfa(kl)"), (3, "by hand"),
     ]  # fmt: skip
     assert in_each_epoch(watch.history, 5) == counted.seen
-    assert Recipe.load(tmp_path / "lit_compress" / "recipe.json").widths["body.0"] == 2
+    assert Recipe.load(tmp_path / "compress" / "recipe.json").widths["body.0"] == 2
 
 
 def test_a_cut_that_removes_nothing_is_no_event(tmp_path):
@@ -421,7 +421,7 @@ def test_spectra_are_drawn_every_so_many_epochs_with_the_widths_that_pfa_kl_woul
     module = Small()
     watch = CompressionMonitor(spectra_every_n_epochs=2, max_samples=50)
     new_trainer(tmp_path, watch, max_epochs=4).fit(module, *small_loaders())
-    assert {path.name for path in (tmp_path / "lit_compress").glob("*spectra.png")} == {
+    assert {path.name for path in (tmp_path / "compress").glob("*spectra.png")} == {
         "epoch_1_spectra.png", "epoch_3_spectra.png",
     }  # fmt: skip
     _, (spectra, kept) = drawn
@@ -524,5 +524,5 @@ def test_the_config_shows_a_run_in_weights_and_biases_and_on_disk(tmp_path, monk
     assert [len(run.logged(f"compress/{name}")) for name in ("history", "spectra", "sizes")] == [3, 3, 3]
     assert run.summary["compress/share_of_parameters"] <= 0.25
     assert len(run.artifacts) == 2
-    (folder,) = (tmp_path / "lit_compress_runs" / "monitor_digits").glob("*/lit_compress")
+    (folder,) = (tmp_path / "lit_compress_runs" / "monitor_digits").glob("*/compress")
     assert {path.name for path in folder.iterdir()} >= {"history.png", "epoch_2_spectra.png", "cut_1_layers.txt", "recipe.json"}

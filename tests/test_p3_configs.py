@@ -101,6 +101,6 @@ def test_a_config_runs_two_epochs_with_the_cut_between(config, data, data_dir, t
     logged = (run / "metrics.csv").read_text()
     assert "train/loss" in logged
     if "domain_full" not in config.stem:
-        summary = json.loads((run / "lit_compress" / "summary.json").read_text())
+        summary = json.loads((run / "compress" / "summary.json").read_text())
         assert summary["after_cut"]["parameters"] < summary["before"]["parameters"]
         assert "compress/parameters" in logged

@@ -184,6 +184,19 @@ def test_a_checkpoint_of_another_cut_is_refused(run, tmp_path):
     assert same(module.state_dict(), run.module.state_dict())
 
 
+@pytest.mark.parametrize("other", [{"every_n_epochs": 3, "max_cuts": 2}, {"exclude": ["net.4"]}], ids=str)
+def test_a_run_is_not_resumed_by_a_callback_that_would_cut_once_more(other, tmp_path):
+    cuts = {"energy": 0.8, "at_epoch": 1}
+    new_trainer(tmp_path, PFAPruning(**cuts), every_epoch(tmp_path), enable_checkpointing=True).fit(Small(), *small_loaders())
+    options = {"energy": 0.8, **({"at_epoch": 1} if "exclude" in other else {}), **other}
+    module, file = Small(), tmp_path / "epoch=1.ckpt"
+    with pytest.raises(MisconfigurationException, match=r"was cut by PFAPruning.*'before epoch 1'.*which would cut it once more"):
+        new_trainer(tmp_path, PFAPruning(**options), max_epochs=5).fit(module, *small_loaders(), ckpt_path=file)
+    both = PFAPruning(**cuts), PFAPruning(energy=0.8, at_epoch=3)  # the way out for a second cut
+    new_trainer(tmp_path, *both, max_epochs=5).fit(Small(), *small_loaders(), ckpt_path=file)
+    assert [callback.schedule.cuts for callback in both] == [[1], [3]]
+
+
 def test_a_later_format_is_refused_by_name(run, tmp_path):
     content = torch.load(run.last, weights_only=True)
     content["lit_compress"]["format"] = 9
@@ -430,7 +443,7 @@ def test_a_cut_that_fails_changes_nothing_and_says_why(name, tmp_path):
 
     new_trainer(tmp_path, At(1, cut), max_epochs=2).fit(module, *small_loaders())
     assert looked
-    assert not (tmp_path / "lit_compress").exists()
+    assert not (tmp_path / "compress").exists()
     assert "lit_compress_plan" not in vars(module)
 
 
@@ -606,7 +619,7 @@ def test_two_callbacks_cut_at_their_own_times(tmp_path):
     trainer.fit(module, *small_loaders())
     assert [[report.epoch for report in callback.reports] for callback in (first, second)] == [[1], [2]]
     assert set(second.reports[0].recipe.keep) == {"net.0", "net.2"}
-    names = sorted(path.name for path in (tmp_path / "lit_compress").glob("cut_*.txt"))
+    names = sorted(path.name for path in (tmp_path / "compress").glob("cut_*.txt"))
     assert names == ["cut_0_layers.txt", "cut_1_layers.txt"]
     for epoch in range(3):
         one, two = (PFAPruning(energy=0.9, at_epoch=n + 1, include=[f"net.{2 * n}"]) for n in range(2))
@@ -645,7 +658,7 @@ def test_a_fast_dev_run_tries_the_cut(options, tmp_path, capsys):
     new_trainer(tmp_path, pruning, fast_dev_run=True).fit(module, *small_loaders(batch_size=5))
     assert len(pruning.reports) == 1
     assert pruning.reports[0].after.parameters <= 0.5 * pruning.reports[0].before.parameters
-    assert not (tmp_path / "lit_compress").exists()
+    assert not (tmp_path / "compress").exists()
 
 
 def test_a_run_on_a_few_batches_over_and_over(tmp_path):
@@ -844,8 +857,11 @@ def test_several_training_loaders_need_a_choice(tmp_path):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch["a"], batch_idx)
 
+    untrained = OfBoth()
+    before = copy.deepcopy(untrained.state_dict())
     with pytest.raises(MisconfigurationException, match=r"needs one train loader but the Trainer has 2. Pass `loader=`"):
-        samples_seen(tmp_path, OfBoth(), loaders)
+        samples_seen(tmp_path, untrained, loaders)
+    assert same(untrained.state_dict(), before), "and not only at the cut"
     assert samples_seen(tmp_path, OfBoth(), loaders, loader="val") == 50
 
 
@@ -923,8 +939,8 @@ def test_the_transfer_hooks_of_the_module_run(tmp_path):
 
 def test_a_recipe_on_disk_rebuilds_a_plain_state_dict(run):
     recipe = run.trainer.callbacks[0].reports[-1].recipe
-    assert recipe == Recipe.load(run.folder / "lit_compress" / "recipe.json")
-    again = load_pruned(Theirs(), run.module.state_dict(), recipe=run.folder / "lit_compress" / "recipe.json")
+    assert recipe == Recipe.load(run.folder / "compress" / "recipe.json")
+    again = load_pruned(Theirs(), run.module.state_dict(), recipe=run.folder / "compress" / "recipe.json")
     assert same(again.state_dict(), run.module.state_dict())
     trained = train_loader()
     assert len(trained) == 9

@@ -177,6 +177,35 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+class Nested(torch.optim.SGD):
+    """SGD with momentum that keeps it, and what came before, in containers."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                held = self.state[p].setdefault("held", {"momentum": [torch.zeros_like(p)], "past": (), "steps": 0})
+                held["momentum"][0].mul_(0.9).add_(p.grad)
+                held["past"] = (*held["past"][-1:], p.grad.clone())
+                held["steps"] += 1
+                p.data.sub_(group["lr"] * (held["momentum"][0] + sum(held["past"])))
+
+
+def test_state_in_lists_and_dicts_follows():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = Nested(model.parameters(), lr=0.01)
+    for _ in range(3):
+        step(model, optimizer)
+    before = copy.deepcopy(optimizer.state[model[0].weight]["held"])
+    plan = cut(model, Recipe(keep={"0": KEEP}), X)
+    plan.apply_to(optimizer)
+    held = optimizer.state[model[0].weight]["held"]
+    assert_same(held["momentum"][0], before["momentum"][0][list(KEEP)])
+    assert_same(held["past"], tuple(one[list(KEEP)] for one in before["past"]))
+    assert held["steps"] == 3
+    step(model, optimizer)
+
+
 class Factored(torch.optim.SGD):
     """Keeps a number a row, as Adafactor does."""
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, seed_everything
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning import Callback, LightningModule, seed_everything
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -124,10 +124,10 @@ def loaders():
     return DataLoader(digits(0, 1000), 64, shuffle=True), DataLoader(digits(1000, 400), 200)
 
 
-def fit(folder, *callbacks, module=None, ckpt_path=None, make=new_trainer, epochs=10):
+def fit(folder, *callbacks, module=None, ckpt_path=None, make=new_trainer, epochs=10, **more):
     seed_everything(5, verbose=False)
     module = module or Classifier()
-    options = {"max_epochs": epochs, "enable_checkpointing": True, "logger": CSVLogger(folder)}
+    options = {"max_epochs": epochs, "enable_checkpointing": True, "logger": CSVLogger(folder), **more}
     trainer = make(folder, *callbacks, every_epoch(folder / "files"), **options)
     trainer.fit(module, *loaders(), ckpt_path=ckpt_path)
     return module, trainer
@@ -185,6 +185,55 @@ def test_what_nothing_recovers_from_ends_uncut_and_says_so(average, tmp_path):
     if not average:
         for name, parameter in module.named_parameters():
             assert torch.equal(parameter, uncut[name]), name
+
+
+ENDS = {
+    "in the middle of an epoch": {"epochs": -1, "max_steps": 36},  # the cut is before step 32
+    "without a validation": {"epochs": 3, "check_val_every_n_epoch": 2},
+    "right after the cut": {"epochs": 3},
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_ends_before_the_cut_has_been_judged_is_judged_at_its_end(end, tmp_path):
+    before = []
+    callback = pruning(max_drop=0.0, keep_params=0.05)
+    with pytest.warns(UserWarning, match="Training ends with val/accuracy"):
+        module, trainer = fit(tmp_path, *noting(callback, before), module=Frozen(), **ENDS[end])
+    assert plan_of(module) is None
+    assert accuracy(module) == pytest.approx(before[0])
+    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(before[0]), "by which files are ranked"
+    last = max((tmp_path / "files").glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=True)["global_step"])
+    assert accuracy(load_pruned(Classifier, last)) == pytest.approx(before[0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_leaves_no_file_of_a_network_that_has_lost_too_much(first, tmp_path):
+    stopping = EarlyStopping("val/accuracy", mode="max", patience=1)
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/accuracy", mode="max", save_last=True)
+    callback = pruning(max_drop=0.0, keep_params=0.05, patience=9)
+    with pytest.warns(UserWarning, match="Training ends with val/accuracy"):
+        module, trainer = fit(tmp_path, *([stopping, callback] if first else [callback, stopping]), best, module=Frozen())
+    assert trainer.current_epoch < 9
+    assert plan_of(module) is None
+    for file in (best.best_model_path, best.last_model_path):
+        assert same(load_pruned(Classifier, file).state_dict(), module.state_dict())
+    assert float(best.best_model_score) == pytest.approx(accuracy(module))
+
+
+class Stopping(Callback):
+    """Ends training when everything else of an epoch is done."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch == 2
+
+
+def test_training_that_ends_after_its_last_file_says_that_the_file_is_another_network(tmp_path):
+    callback = pruning(max_drop=0.0, keep_params=0.05, patience=9)
+    with pytest.warns(UserWarning, match="Something ended training after the last checkpoint was written"):
+        module, _ = fit(tmp_path, callback, Stopping(), module=Frozen())
+    assert plan_of(module) is None
+    assert plan_of(load_pruned(Classifier, tmp_path / "files" / "epoch=2.ckpt")) is not None
 
 
 def test_a_cut_that_is_recovered_from_stays_as_chosen(tmp_path):
