@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +75,7 @@ def measure(quick: bool, rounds: int | None) -> Section:
     """Every network and tool once; ``quick`` takes some small networks."""
     outcomes: dict[str, dict[str, Outcome]] = {}
     for name in QUICK if quick else ZOO:
-        outcomes[name] = {tool: in_a_process(tool, name) for tool in TOOLS}
+        outcomes[name] = {tool: _found(tool, name) for tool in TOOLS}
         print(_row(name, outcomes[name]), file=sys.stderr, flush=True)
     return section(outcomes)
 
@@ -128,8 +128,8 @@ def _beside(ours: str, peer: str, outcomes: Mapping[str, Mapping[str, Outcome]])
     more = [name for name, found in both.items() if found[peer].off > found[ours].off + 0.01]
     alone = [name for name, found in outcomes.items() if found[peer].verdict == "exact" and found[ours].verdict != "exact"]
     return (
-        f"{peer}: of {len(both)} networks that both cut exactly, it takes less time on {len(faster)} (ours takes "
-        f"{figure(ratio)}× as long in the median), and more parameters on {_listed(more)}; it alone is exact on {_listed(alone)}"
+        f"{peer}: of {len(both)} networks that both cut exactly, it takes less time on {len(faster)} (ours takes {figure(ratio)} "
+        f"times as long in the median), and more parameters on {_listed(more)}; it alone is exact on {_listed(alone)}"
     )
 
 
@@ -140,30 +140,36 @@ def _listed(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- a process each
 
 
-def in_a_process(tool: str, name: str) -> Outcome:
-    """What a tool makes of a network, in a process that may hang, die or ask for too much memory."""
-    if TOOLS[tool].missing:
-        return Outcome("not installed")
-    context = multiprocessing.get_context("forkserver")
+def _found(tool: str, name: str) -> Outcome:
+    return Outcome("not installed") if TOOLS[tool].missing else in_a_process(_tried, tool, name)
+
+
+def in_a_process(work: Callable[..., None], *arguments: Any) -> Outcome:
+    """What comes of some work in a process that may hang, die or ask for too much memory.
+
+    Args:
+        work: Called with the arguments and a connection, over which it sends the seconds that a tool took, and then the outcome.
+        arguments: For ``work``.
+    """
+    context = multiprocessing.get_context("forkserver")  # which imports PyTorch once
     context.set_forkserver_preload(["benchmarks.zoo", "benchmarks.peers", "lit_compress.analysis"])
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_tried, args=(tool, name, sending))
+    process = context.Process(target=work, args=(*arguments, sending))
     process.start()
     sending.close()
+    seconds = float("nan")
     try:
-        seconds: float | None = None
         for step, limit in SECONDS.items():
             if not receiving.poll(limit):
-                return Outcome("crashed", f"more than {limit:.0f} s {step}", seconds=seconds or float("nan"))
-            try:
-                answer = receiving.recv()
-            except EOFError:
-                process.join()
-                return Outcome("crashed", f"its process died with status {process.exitcode}")
+                return Outcome("crashed", f"more than {limit:g} s {step}", seconds=seconds)
+            answer = receiving.recv()
             if isinstance(answer, Outcome):
                 return answer
             seconds = answer
-        raise AssertionError("unreachable: a process that cut and judged has sent its outcome")
+        raise RuntimeError(f"{work} is to send an outcome after {len(SECONDS)} steps at most.")
+    except EOFError:
+        process.join()
+        return Outcome("crashed", f"its process died with status {process.exitcode}", seconds=seconds)
     finally:
         process.kill()
         process.join()
@@ -174,7 +180,7 @@ def _tried(tool: str, name: str, sending: Connection) -> None:
     sending.send(judged(tool, ZOO[name], sending.send))
 
 
-def judged(tool: str, specimen: Specimen, cut_after: Any = lambda seconds: None) -> Outcome:
+def judged(tool: str, specimen: Specimen, cut_after: Callable[[float], None] = lambda seconds: None) -> Outcome:
     """Let a tool cut a network, and hold what is left against the original.
 
     Args:
