@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class Specimen:
         size: Height and width, in pixels.
         run: How to run it on the inputs.
         bound: Seconds that tracing it may take on one core.
+        trains: Whether it runs further layers in training mode.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Specimen:
     size: int
     run: ForwardFn = call
     bound: float = 2.0
+    trains: bool = False
 
 
 def image(size: int, batch: int = 1) -> Tensor:
@@ -48,9 +50,9 @@ def image(size: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _classifier(name: str, size: int = 224, **options: Any) -> Specimen:
+def _classifier(name: str, size: int = 224, *, trains: bool = False, **options: Any) -> Specimen:
     build = partial(torchvision.models.get_model, name, weights=None, **options)
-    return Specimen("classification", build, image, size)
+    return Specimen("classification", build, image, size, trains=trains)
 
 
 def _segmenter(name: str) -> Specimen:
@@ -209,8 +211,8 @@ ZOO: Mapping[str, Specimen] = {
             "maxvit_t",
         )
     },
-    "googlenet": _classifier("googlenet", init_weights=False),
-    "inception_v3": _classifier("inception_v3", 299, init_weights=False),
+    "googlenet": _classifier("googlenet", trains=True, init_weights=False),
+    "inception_v3": _classifier("inception_v3", 299, trains=True, init_weights=False),
     "fcn_resnet50": _segmenter("fcn_resnet50"),
     "deeplabv3_resnet50": _segmenter("deeplabv3_resnet50"),
     "Faster R-CNN, ResNet-50 FPN, batch norm": _detector(nn.BatchNorm2d),
@@ -267,7 +269,7 @@ ZOO: Mapping[str, Specimen] = {
         lambda size: dict(zip(("pixel_values", "labels"), _with_labels(size), strict=True)),
         lambda model, batch: [(output := model(**batch)).loss, output.logits],
     ),
-    "a head that only training runs": _small(_TrainingOnly),
+    "a head that only training runs": replace(_small(_TrainingOnly), trains=True),
 }
 QUICK = {
     "mobilenet_v3_small": 64,

@@ -307,7 +307,7 @@ def _build(kind: type[Network], content: Mapping[str, Any], init: dict[str, Any]
 
 
 def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: Recipe) -> Plan:
-    """A plan that makes room for weights; which indices it keeps is of no account, since all values are overwritten."""
+    """A plan that makes room for weights, whose values are all overwritten: only of groups it matters which channels it keeps."""
     tensors = all_tensors(model)
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
@@ -317,6 +317,9 @@ def _plan_from_shapes(model: nn.Module, weights: Mapping[str, Tensor], recipe: R
             raise ValueError(f"Tensor {name!r} has shape {new}, which is not cut out of {old}.")
         if new != old:
             keep[name] = {dim: tuple(range(after)) for dim, after in enumerate(new) if after < old[dim]}
+            named = recipe.keep.get(name.rpartition(".")[0], ())
+            if 0 in keep[name] and len(named) == new[0]:
+                keep[name][0] = named
     cut_sizes = {tensors[name].shape[dim] for name, dims in keep.items() for dim in dims}
     for name in tensors.keys() - model.state_dict().keys() - weights.keys():
         if cut_sizes.intersection(tensors[name].shape):

@@ -205,9 +205,13 @@ def trace(model: nn.Module, forward: Forward, *, pad_back: Collection[str] | Lit
         'they are the output of the network'
     """
     for name, tensor in named_tensors(model):
-        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+        kind = "Parameter" if isinstance(tensor, nn.Parameter) or nn.parameter.is_lazy(tensor) else "Buffer"
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{kind} {name!r} has no shape yet; run the network once before analysing it.")
+        if tensor.is_meta:
             raise ValueError(
-                f"Parameter {name!r} has no values yet; run the network once (or materialise it) before analysing it."
+                f"{kind} {name!r} is on the meta device and has no values; give it some before analysing the network, by "
+                "`to_empty` and loading weights."
             )
     if pad_back == "identity":
         pad_back = {point.block for point in trace(model, forward).sums if point.block is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_compress import rng
 from lit_compress.graph import evaluating
-from lit_compress.padding import Pad, padded_for_now
+from lit_compress.padding import padded_for_now
 from lit_compress.plan import Plan, plan_of
 from lit_compress.report import Latency, timed
 from lit_compress.slicing import all_tensors, substituted
@@ -147,11 +147,11 @@ def _as_cut(model: nn.Module, plan: Plan) -> _Widths:
 def _as_before(model: nn.Module, plan: Plan, before: Plan | None) -> _Widths:
     tensors = all_tensors(model)
     values = {tensors[name]: plan.widened(name, tensors[name].data) for name in plan.keep}
-    pads: Mapping[str, Pad] = {} if before is None else before.pads
+    keep, pads = ({}, {}) if before is None else (before.keep, before.pads)
 
     @contextmanager
     def widths() -> Iterator[None]:
-        with substituted(model, values), padded_for_now(model, {path: pads.get(path) for path in plan.pads}):
+        with substituted(model, values, keep), padded_for_now(model, {path: pads.get(path) for path in plan.pads}):
             yield
 
     return widths

@@ -47,8 +47,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("keep", "original", "padded"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"Argument `{name}` must map layer names but got {getattr(self, name)!r}.")
+            given = getattr(self, name)
+            if not isinstance(given, Mapping) or not all(isinstance(layer, str) for layer in given):
+                raise ValueError(f"Argument `{name}` must map layer names but got {given!r}.")
         keep = {layer: _indices(layer, channels) for layer, channels in self.keep.items()}
         original = {layer: _integer(layer, width) for layer, width in self.original.items()}
         for layer, channels in keep.items():

@@ -5,7 +5,7 @@ A parameter stays the object it was: optimizers, tied modules, hooks and attribu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
         nn.modules.conv._ConvTransposeNd,
         lambda m: {"in_channels": m.weight.shape[0], "out_channels": m.weight.shape[1] * m.groups},
     ),
-    (nn.modules.conv._ConvNd, lambda m: _convolution_sizes(m)),
     (nn.Linear, lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]}),
     (nn.modules.batchnorm._NormBase, lambda m: _norm_sizes(m)),
     (nn.GroupNorm, lambda m: _group_norm_sizes(m)),
@@ -39,18 +38,26 @@ _SIZES: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, int]]], ...] = (
         },
     ),
 )
-_DEPTHWISE = "_lit_compress_depthwise"  # on one that is cut to one channel: it looks like any other, and may be widened again
+_WHOLE = "_lit_compress_whole"  # on a convolution in groups that was cut: their number before, and its output channels
 
 
-def _convolution_sizes(conv: nn.modules.conv._ConvNd) -> dict[str, int]:
+def _convolution_sizes(conv: nn.modules.conv._ConvNd, left: Sequence[int] | None, whole: bool) -> dict[str, Any]:
+    """Sizes of a convolution by its weight, which does not tell how many groups are left.
+
+    Args:
+        conv: With its new weight and its old sizes.
+        left: Its output channels that are left; None where the weight tells, or all are.
+        whole: Whether ``left`` is said of the convolution before it was ever cut, and not as it was.
+    """
+    now = conv.groups, conv.out_channels
+    groups, before = vars(conv).get(_WHOLE, now) if whole else now
     out_channels, per_group = conv.weight.shape[:2]
-    # Depthwise: a group for each input channel. Whatever else has groups keeps their number, until its groups have one channel.
-    depthwise = conv.groups == conv.in_channels and (conv.groups > 1 or _DEPTHWISE in vars(conv))
-    multiplier = conv.out_channels // conv.groups if depthwise else 1
-    follows = per_group == 1 and (depthwise or out_channels < conv.groups)
-    groups = out_channels // multiplier if follows else conv.groups
+    if left is not None and groups > 1:  # a group is gone with its last channel
+        groups = len({channel * groups // before for channel in left})
+    elif groups > 1 and groups == conv.in_channels:  # depthwise: a group for each input channel
+        groups = groups * out_channels // before
     sizes = {"out_channels": out_channels, "in_channels": per_group * groups, "groups": groups}
-    return sizes | {_DEPTHWISE: True} if follows and groups == 1 else sizes
+    return sizes | {_WHOLE: now} if conv.groups > 1 and _WHOLE not in vars(conv) else sizes
 
 
 def _norm_sizes(norm: nn.modules.batchnorm._NormBase) -> dict[str, int]:
@@ -85,7 +92,7 @@ class _Undo:
 
     def __init__(self) -> None:
         self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._attributes: list[tuple[nn.Module, str, int | None]] = []
+        self._attributes: list[tuple[nn.Module, str, Any]] = []
 
     def remember(self, tensor: Tensor) -> None:
         """Keep the present storage and gradient of a tensor."""
@@ -137,18 +144,19 @@ def cut_tensors(model: nn.Module, keep: Mapping[str, Any], take: Callable[[str, 
             set_data(tensor, data[name])
             tensor.grad = grads.get(name)
         for path in sorted({_owner(name) for name in keep}):
-            _note_sizes(model.get_submodule(path), undo)
+            _note_sizes(model.get_submodule(path), undo, _left(path, keep))
     except BaseException:
         undo()
         raise
 
 
-def fill_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def fill_tensors(model: nn.Module, values: Mapping[str, Tensor], keep: Mapping[str, Any]) -> None:
     """Give parameters and buffers copies of values, of other sizes possibly, and the modules the sizes to note; no gradients.
 
     Args:
         model: The network, changed in place.
         values: Name of a tensor to its value.
+        keep: What the values are of the network that was never cut, as :class:`Plan` has it.
     """
     compiled.forget()
     torch.clear_autocast_cache()
@@ -164,7 +172,7 @@ def fill_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             tensor.grad = None
             set_data(tensor, value.detach().to(tensor.device, copy=True))
     for path in sorted({_owner(name) for name in values}):
-        _note_sizes(model.get_submodule(path), undo)
+        _note_sizes(model.get_submodule(path), undo, _left(path, keep), whole=True)
 
 
 def _owner(name: str) -> str:
@@ -173,23 +181,33 @@ def _owner(name: str) -> str:
     return path.partition(".parametrizations.")[0].removeprefix(".")
 
 
-def _note_sizes(module: nn.Module, undo: _Undo) -> None:
-    for kind, sizes in _SIZES:
-        if isinstance(module, kind):
-            for name, size in sizes(module).items():
-                undo.remember_attribute(module, name)
-                setattr(module, name, size)
-            return
+def _left(path: str, keep: Mapping[str, Any]) -> Sequence[int] | None:
+    """Output channels that are left of the layer at a path; None if all are."""
+    names = (f"{path}.{weight}".removeprefix(".") for weight in ("weight", "parametrizations.weight.original"))
+    left: Sequence[int] | None = next((keep[name].get(0) for name in names if name in keep), None)
+    return left
+
+
+def _note_sizes(module: nn.Module, undo: _Undo, left: Sequence[int] | None = None, whole: bool = False) -> None:
+    kinds = (sizes(module) for kind, sizes in _SIZES if isinstance(module, kind))
+    found = next(kinds, None)
+    if found is None and isinstance(module, nn.modules.conv._ConvNd):
+        found = _convolution_sizes(module, left, whole)
+    for name, size in (found or {}).items():
+        undo.remember_attribute(module, name)
+        setattr(module, name, size)
 
 
 @contextmanager
-def substituted(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def substituted(model: nn.Module, values: Mapping[Tensor, Tensor], keep: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Run a network on other values, possibly of other shapes, for as long as the context lasts.
 
     Args:
         model: The network. Entries of its modules are exchanged; the parameters themselves are not touched, nor anything that
             autograd or a DDP wrapper has attached to them.
         values: Parameter or buffer to what stands in for it.
+        keep: What the values are of the network that was never cut, as :class:`Plan` has it; None if they are cut out of it as
+            it is.
     """
     exchanged: list[tuple[dict[str, Any], str, Tensor]] = []
     resized: set[str] = set()
@@ -204,7 +222,7 @@ def substituted(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[N
                         if values[tensor].shape != tensor.shape:
                             resized.add(_owner(f"{path}.{name}" if path else name))
         for path in sorted(resized):
-            _note_sizes(model.get_submodule(path), undo)
+            _note_sizes(model.get_submodule(path), undo, _left(path, keep or {}), whole=keep is not None)
         yield
     finally:
         undo()

@@ -64,7 +64,7 @@ class Snapshot:
             raise ValueError(f"The snapshot is of another network: it differs in {odd}.")
         if [len(_parameters(optimizer)) for optimizer in optimizers] != [len(states) for states in self.optimizers]:
             raise ValueError("The snapshot was made with other optimizers.")
-        fill_tensors(model, self.tensors)
+        fill_tensors(model, self.tensors, {} if self.plan is None else self.plan.keep)
         repad(model, {} if self.plan is None else self.plan.pads)
         note_plan(model, self.plan)
         for optimizer, states in zip(optimizers, self.optimizers, strict=True):

@@ -84,6 +84,22 @@ def random_recipe(groups, seed: int, share: float = 0.7) -> Recipe:
     return Recipe(keep=keep, method=f"random({seed})")
 
 
+def unsized(model: nn.Module) -> dict:
+    """All that a cut leaves as it is: names, order and identity of tensors and modules, modes, attributes, hooks, state dict."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    hooks = [name for name in vars(nn.Module()) if name.endswith("hooks")]
+    return {
+        "tensors": [(name, id(t), type(t), t.dtype, t.device, t.requires_grad, t.is_leaf, {**vars(t)}) for name, t in tensors],
+        "hooks of tensors": [
+            (name, list((t._backward_hooks or {}).items()), list((t._post_accumulate_grad_hooks or {}).items()))
+            for name, t in tensors
+        ],
+        "modules": [(name, id(m), type(m), m.training, {*m._non_persistent_buffers_set}) for name, m in model.named_modules()],
+        "hooks of modules": [[list(vars(m)[name].items()) for name in hooks] for m in model.modules()],
+        "state dict": list(model.state_dict()),
+    }
+
+
 # ---------------------------------------------------------------- zeroing, by experiment
 
 

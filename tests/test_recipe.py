@@ -144,6 +144,7 @@ def test_nonsense_channels_are_refused_by_layer(channels, said):
     ("fields", "said"),
     [
         ({"keep": ["conv1"]}, r"`keep` must map layer names but got \['conv1'\]"),
+        ({"keep": {3: (0,)}}, r"`keep` must map layer names but got \{3: \(0,\)\}"),
         ({"keep": {}, "original": [4]}, r"`original` must map layer names but got \[4\]"),
         ({"keep": {}, "original": {"conv1": 4.5}}, r"'conv1' must be integers but got 4\.5"),
         ({"keep": {"conv2": (0,)}, "original": {"conv1": 4}}, r"'conv2' is in `keep` but not in `original`"),

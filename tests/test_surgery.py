@@ -18,6 +18,7 @@ from networks import (
     relative_error,
     removed_by,
     silenced,
+    unsized,
     zeroed,
 )
 from torch import nn
@@ -264,18 +265,9 @@ def test_everything_but_the_sizes_is_as_it_was():
     model.fc.weight.requires_grad_(False)
     model.stem.weight.custom = object()
     model.to(memory_format=torch.channels_last)
-    modules, parameters, buffers = dict(model.named_modules()), dict(model.named_parameters()), dict(model.named_buffers())
-    kept = {name: (p.requires_grad, p.dtype, getattr(p, "custom", None)) for name, p in parameters.items()}
-    modes = {name: module.training for name, module in modules.items()}
-    stored = list(model.state_dict())
+    before = unsized(model)
     cut(model, RECIPE, IMAGES)
-    assert {name: id(m) for name, m in model.named_modules()} == {name: id(m) for name, m in modules.items()}
-    assert [(n, id(p)) for n, p in model.named_parameters()] == [(n, id(p)) for n, p in parameters.items()]
-    assert [(n, id(b)) for n, b in model.named_buffers()] == [(n, id(b)) for n, b in buffers.items()]
-    assert {n: (p.requires_grad, p.dtype, getattr(p, "custom", None)) for n, p in model.named_parameters()} == kept
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert list(model.state_dict()) == stored
-    assert all(type(p) is nn.Parameter and p.is_leaf for p in model.parameters())
+    assert unsized(model) == before
     for name in ("stem", "inner"):
         weight = model.get_submodule(name).weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -520,21 +512,15 @@ def test_names_of_the_holder_or_of_the_held_network_do():
 
 
 def snapshot(model):
-    """Everything that a failed cut must leave alone: tensors by identity, storage and value, modes, attributes, hooks, plan."""
+    """Everything that a failed cut must leave alone: all but sizes, and storage, values, gradients, sizes, plan, random state."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    held = [(name, t) for name, t in tensors if not (t.is_meta or nn.parameter.is_lazy(t))]
     plain = (int, float, bool, str, tuple, type(None))
     return {
-        "tensors": [
-            (name, id(t), t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.requires_grad, t._version, t.flatten().tolist())
-            for name, t in tensors
-        ],
-        "grads": [(name, id(t.grad), None if t.grad is None else t.grad.flatten().tolist()) for name, t in tensors],
-        "modules": [
-            (name, id(module), module.training, {k: v for k, v in vars(module).items() if isinstance(v, plain)})
-            for name, module in model.named_modules()
-        ],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
-        "state dict": list(model.state_dict()),
+        **unsized(model),
+        "values": [(name, t.data_ptr(), tuple(t.shape), t.stride(), t._version, t.flatten().tolist()) for name, t in held],
+        "grads": [(name, id(t.grad), None if t.grad is None else t.grad.flatten().tolist()) for name, t in held],
+        "sizes": [{k: v for k, v in vars(module).items() if isinstance(v, plain)} for module in model.modules()],
         "plan": plan_of(model),
         "random": torch.get_rng_state().tolist(),
     }
@@ -614,6 +600,51 @@ def test_wrong_inputs_are_told_where_they_fail(inputs, said):
     before = snapshot(model)
     with pytest.raises(ValueError, match=said):
         cut(model, RECIPE, inputs)
+    assert snapshot(model) == before
+
+
+def on_meta(path):
+    model = small()
+    model.get_submodule(path).to("meta")
+    return model
+
+
+def with_buffer_on_meta():
+    model = small()
+    model.norm.running_mean = model.norm.running_mean.to("meta")
+    return model
+
+
+def with_lazy_layer():
+    model = small()
+    model.head = nn.LazyLinear(3)
+    return model
+
+
+WITHOUT_VALUES = {
+    "wholly on meta": (lambda: on_meta(""), r"Parameter 'scale' is on the meta device .* `to_empty`"),
+    "on two devices": (lambda: on_meta("fc"), r"Parameter 'fc\.weight' is on the meta device"),
+    "a buffer on another device": (with_buffer_on_meta, r"Buffer 'norm\.running_mean' is on the meta device"),
+    "lazy": (with_lazy_layer, r"Parameter 'head\.weight' has no shape yet; run the network once"),
+}
+
+
+@pytest.mark.parametrize(("build", "said"), WITHOUT_VALUES.values(), ids=WITHOUT_VALUES)
+def test_a_network_without_values_is_refused_and_stays(build, said):
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=said):
+        cut(model, RECIPE, IMAGES)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_inputs_on_another_device_are_refused_and_nothing_changes(traced):
+    model = small()
+    graph = trace(model, lambda: model(IMAGES)) if traced else None
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"Small does not run on the example inputs.*: Tensor on device"):
+        cut(model, RECIPE, IMAGES.to("meta"), graph=graph)
     assert snapshot(model) == before
 
 

@@ -1,5 +1,6 @@
 """The zoo of docs/supported-networks.md: every network is cut exactly, and the page says what it was made from."""
 
+import random
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ sys.path.append(str(ROOT))
 
 from benchmarks import page, supported_networks  # noqa: E402
 from benchmarks.zoo import QUICK, ZOO  # noqa: E402
+from lit_compress import cut  # noqa: E402
+from lit_compress.graph import trace  # noqa: E402
+from tests.networks import random_recipe, unsized  # noqa: E402
 
 COUPLINGS = [name for name, specimen in ZOO.items() if specimen.kind == "couplings and conventions"]
 REFUSED = {"weight norm", "spectral norm", "transposed convolution in groups"}  # by name: all their channels stay
@@ -36,6 +40,29 @@ def test_what_is_cut_in_a_large_network_of_the_zoo_is_exact(name):
     assert outcome.groups
     assert outcome.error < 1e-9
     assert outcome.trace < ZOO[name].bound
+
+
+@pytest.mark.parametrize("name", [name for name in COUPLINGS if name not in REFUSED])
+def test_a_cut_of_the_zoo_changes_sizes_and_nothing_else(name):
+    draw = random.Random(0)
+    specimen = ZOO[name]
+    model, inputs = specimen.build(), specimen.inputs(specimen.size)
+    for module in model.modules():
+        module.training = draw.random() < 0.5
+        module.register_forward_hook(lambda *_: None)
+        module.register_full_backward_hook(lambda *_: None)
+    for parameter in model.parameters():
+        parameter.tag = object()
+        if draw.random() < 0.7:
+            parameter.register_hook(lambda grad: grad)
+        else:
+            parameter.requires_grad_(False)
+    before, sizes = unsized(model), [parameter.shape for parameter in model.parameters()]
+    graph = trace(model, lambda: specimen.run(model, inputs))
+    assert unsized(model) == before
+    cut(model, random_recipe(graph.groups(), seed=0, share=1.0), inputs, forward_fn=specimen.run, graph=graph)
+    assert unsized(model) == before
+    assert [parameter.shape for parameter in model.parameters()] != sizes
 
 
 def test_the_page_is_written_with_a_row_for_each_network(tmp_path, capsys, monkeypatch):
@@ -65,6 +92,19 @@ def test_a_network_that_is_wrong_slow_or_refused_is_said_to_be():
     assert "memory: NOT met by U-Net skips" in said
     assert wrong.row().endswith("| **wrong by 1e-03** |")
     assert refused.row().endswith("| **The cut is not exact: so.** |")
+
+
+def test_every_reason_in_the_tables_is_explained_on_the_page():
+    explained = re.findall(
+        r"^\| ([^|`]+?) \| [^|]+ \|$", PUBLISHED.partition("says why")[2].partition("## How to read")[0], re.MULTILINE
+    )
+    phrases = [phrase for said in explained[1:] for phrase in said.removesuffix(" …").split("; ")]
+    assert len(phrases) > 15
+    lines = [line for cell in re.findall(r"\| (`[^|]+) \|", PUBLISHED) for line in cell.split("<br>")]
+    reasons = [why for line in lines if (why := line.partition(": ")[2])]  # without "and 2 reasons more"
+    assert len(reasons) > 60
+    for why in reasons:
+        assert any(phrase in why for phrase in phrases), why
 
 
 def test_the_published_page_holds_the_whole_zoo_and_met_its_targets():
