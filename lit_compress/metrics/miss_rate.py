@@ -43,8 +43,8 @@ class LogAverageMissRate(Metric):
 
     Shape:
         - ``update``: for each image a prediction ``{"boxes": (n, 4), "scores": (n,)}`` and a target with ``"boxes"`` ``(m, 4)``
-          and any of: ``"labels"`` ``(m,)``, 1 for a person, whatever else is ignored; ``"visible"`` ``(m, 4)``, visible parts, all
-          zeros where a box is not occluded; ``"ignore"`` ``(m,)`` bool; ``"image_id"``, a whole number. The images of a batch
+          and any of: ``"labels"`` ``(m,)``, 1 for a person, whatever else is ignored; ``"visible"`` ``(m, 4)``, visible parts,
+          all zeros where a box is not occluded; ``"ignore"`` ``(m,)`` bool; ``"image_id"``, a whole number. The images of a batch
           agree in what they have. Boxes are in pixels, and the image begins at 0.
         - ``compute``: scalar, float64.
 
