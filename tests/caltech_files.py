@@ -47,7 +47,7 @@ def write_seq(path, images, form=201, padding=8):
 def write_vbb(path, frames, objects, version=1.4):
     """A .vbb file in Matlab's structure.
 
-    `objects` are (name, first frame from 1, boxes, visible boxes); below version 1.2 without visible boxes, below 1.3 with `trnc`.
+    `objects` are (name, first frame, boxes, visible boxes); before version 1.2 without visible boxes, before 1.3 with `trnc`.
     """
     fields = ["id", "pos", "occl", "lock"] + ["posv"] * (version >= 1.2) + ["trnc"] * (version < 1.3)
     lists = np.empty((1, frames), dtype=object)

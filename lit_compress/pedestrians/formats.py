@@ -51,7 +51,7 @@ def read_truths(
 
     Args:
         path: A folder of ``setNN/VNNN.vbb`` (or their text form); a ``.json``, as COCO's, CityPersons' or that of Caltech's
-            extracted frames (``{"set00": {"V000": {"frames": …}}}``); or a ``.mat`` of cells ``gt`` with rows ``[x y w h ignore]``.
+            extracted frames (``{"set00": {"V000": {"frames": …}}}``); or a ``.mat`` of cells ``gt``, rows ``[x y w h ignore]``.
         damaged: ``"raise"``, or ``"skip"`` to leave out, with a warning, files of a folder that cannot be read.
         from_one: Whether a JSON as COCO's counts pixels from 1; some that hold Caltech's annotations do. The other formats always
             do, and are converted.
