@@ -173,8 +173,8 @@ class PedestrianPatchDataModule(LightningDataModule):
             boxes = self._drawn(np.random.default_rng([self.seed, SPLITS.index(split), index]), persons, image)
         else:
             boxes = self._proposed[image.name].boxes if image.name in self._proposed else np.empty((0, 4))
-        positive = (_shared(boxes, persons, of_union=True) > 0.5).any(axis=1)
-        ignored = (_shared(boxes, regions, of_union=False) > 0.5).any(axis=1)
+        positive: Flags = np.any(_shared(boxes, persons, of_union=True) > 0.5, axis=1)
+        ignored: Flags = np.any(_shared(boxes, regions, of_union=False) > 0.5, axis=1)
         kept = positive | ~ignored
         labels = [*(1 for _ in persons), *positive[kept].astype(int).tolist()]
         rows = np.concatenate([persons, boxes[kept]]).tolist()

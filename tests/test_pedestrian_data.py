@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+from lit_compress.cli import main
 from lit_compress.datamodules import (
     CaltechPedestrianDataModule,
     CocoPedestrianDataModule,
@@ -186,6 +187,16 @@ def test_penn_fudan_is_split_by_seed(tmp_path):
 
 
 # Drawn streets
+
+
+def test_the_config_of_patches_trains(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--trainer.max_epochs", "1", "--data.batches", "2", "--trainer.enable_progress_bar", "false"]
+    streets = "--data.source.init_args"
+    few = [f"{streets}.train_size", "6", f"{streets}.val_size", "4"]
+    main(["fit", "--config", str(root / "configs" / "pedestrian_patches_synthetic.yaml"), *small, *few])
+    logged = next((tmp_path / "lit_compress_runs").rglob("metrics.csv")).read_text()
+    assert "val/accuracy" in logged
 
 
 def drawn(**options):
