@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -82,32 +83,37 @@ class CaltechPedestrianDataModule(PedestrianDataModule):
     @override
     def find_images(self, split: Split) -> Sequence[PedestrianImage]:
         every = self.train_every if split == "train" else self.test_every
-        wanted = at_interval(self._truths, every).annotations
-        frames = {frame: name for name in wanted if (frame := Frame.of(name)) is not None and frame.set in SETS[split]}
-        images = []
-        videos: dict[tuple[str, str], SeqVideo | None] = {}
-        for frame, name in frames.items():
-            if name in self._extracted:
-                images.append(image_file(name, self._extracted[name], wanted[name]))
+        wanted = at_interval(self._truths(split), every).annotations
+        images, missing = [], []
+        videos: dict[Path, SeqVideo | None] = {}
+        for name, who in wanted.items():
+            frame = Frame.of(name)
+            if frame is None or frame.set not in SETS[split]:
                 continue
-            if (frame.set, frame.video) not in videos:
-                videos[frame.set, frame.video] = self._video(frame)
-            video = videos[frame.set, frame.video]
+            if name in self._extracted:
+                images.append(image_file(name, self._extracted[name], who))
+                continue
+            path = self.root / frame.set / f"{frame.video}.seq"
+            if path not in videos:
+                videos[path] = self._video(path)
+            video = videos[path]
             if video is not None and frame.number in video.frames:
-                images.append(PedestrianImage(name, partial(frame_of, video, frame.number), wanted[name]))
+                size = (video.height, video.width)
+                images.append(PedestrianImage(name, size, partial(frame_of, video, frame.number), who))
             elif video is not None:
-                refuse_or_skip(f"{video.path} has no frame {frame.number}, which is annotated.", self.damaged)
+                missing.append(name)
+        if missing:
+            warnings.warn(f"{len(missing)} annotated frames are not in the videos; the first is {missing[0]}.", stacklevel=2)
         if not images:
             raise FileNotFoundError(
                 f"There are no annotated frames of {', '.join(SETS[split])} in {self.root.resolve()}. {_LAYOUT}"
             )
         return images
 
-    @cached_property
-    def _truths(self) -> Truths:
+    def _truths(self, split: Split) -> Truths:
         packed = self.root / "annotations.json"
         try:
-            return read_truths(packed if packed.exists() else self.root, self.damaged)
+            return read_truths(packed if packed.exists() else self.root, self.damaged, sets=SETS[split])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} {_LAYOUT}") from None
 
@@ -116,8 +122,7 @@ class CaltechPedestrianDataModule(PedestrianDataModule):
         files = [*self.root.glob("images/*.jpg"), *self.root.glob("images/*.png")]
         return {frame.name: file for file in files if (frame := Frame.of(file.stem)) is not None}
 
-    def _video(self, frame: Frame) -> SeqVideo | None:
-        path = self.root / frame.set / f"{frame.video}.seq"
+    def _video(self, path: Path) -> SeqVideo | None:
         try:
             return SeqVideo(path, self.damaged)
         except FileNotFoundError:

@@ -30,6 +30,8 @@ class PedestrianImage(NamedTuple):
 
     name: str
     """Its name, by which detections in files call it."""
+    size: tuple[int, int]
+    """Its height and width in pixels."""
     read: Callable[[], Tensor]
     """Gives it, ``(3, H, W)`` uint8; can be pickled."""
     annotations: Annotations
@@ -176,8 +178,17 @@ def together(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
 
 
 def image_file(name: str, path: Path, annotations: Annotations) -> PedestrianImage:
-    """An image in a file that Pillow reads."""
-    return PedestrianImage(name, partial(read_image, path), annotations)
+    """An image in a file that Pillow reads; only its head is read now.
+
+    Raises:
+        ValueError: If it is no image; the error names the file.
+    """
+    try:
+        with Image.open(path) as opened:
+            size = (opened.height, opened.width)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from None
+    return PedestrianImage(name, size, partial(read_image, path), annotations)
 
 
 def read_image(path: Path) -> Tensor:

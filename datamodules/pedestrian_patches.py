@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +129,8 @@ class PedestrianPatchDataModule(LightningDataModule):
         patches = self.patches("train")
         return DataLoader(
             WarpedPatches(self.source.images("train"), patches, self.side, mirror=self.augment),
-            batch_sampler=OneToThree([patch.label for patch in patches], self.batch_size, self.batches),
+            batch_size=self.batch_size,
+            sampler=OneToThree([patch.label for patch in patches], self.batch_size, self.batches),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
@@ -189,7 +191,7 @@ class PedestrianPatchDataModule(LightningDataModule):
         return boxes[counts], boxes[~counts]
 
     def _drawn(self, generator: np.random.Generator, persons: Floats, image: PedestrianImage) -> Floats:
-        high, wide = image.read().shape[1:]
+        high, wide = image.size
         low = max(self.min_height, 0.1 * high)
         heights = np.exp(generator.uniform(np.log(low), np.log(max(0.8 * high, low)), self.boxes_per_image))
         widths = heights * ASPECT_RATIO
@@ -237,13 +239,16 @@ class WarpedPatches(Dataset[tuple[Tensor, int]]):
         return warped, patch.label
 
 
-class OneToThree(Sampler[list[int]]):
-    """Batches with three negatives to a positive; each kind is shuffled and gone through again and again, from torch's RNG.
+class OneToThree(Sampler[int]):
+    """Samples in an order whose every batch has three negatives to a positive.
+
+    Each kind is shuffled and gone through again and again, from torch's RNG. A batch begins with its positives, so that processes
+    that take turns within it have them all alike.
 
     Args:
         labels: Of all samples.
         batch_size: A multiple of 4.
-        batches: How many; ``None`` takes as many as show every positive.
+        batches: How many batches; ``None`` takes as many as show every positive.
     """
 
     def __init__(self, labels: Sequence[int], batch_size: int, batches: int | None = None) -> None:
@@ -253,13 +258,14 @@ class OneToThree(Sampler[list[int]]):
         self.batches = -(-len(self.positives) // self.share) if batches is None else batches
 
     def __len__(self) -> int:
-        return self.batches
+        return self.batches * self.share * (1 + _NEGATIVES)
 
     @override
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[int]:
         positives, negatives = _again_and_again(self.positives), _again_and_again(self.negatives)
         for _ in range(self.batches):
-            yield [next(kind) for kind, share in ((positives, 1), (negatives, _NEGATIVES)) for _ in range(self.share * share)]
+            yield from islice(positives, self.share)
+            yield from islice(negatives, self.share * _NEGATIVES)
 
 
 def warp(image: Tensor, box: tuple[float, float, float, float], side: int) -> Tensor:

@@ -86,7 +86,8 @@ class _Drawn(Sequence[PedestrianImage]):
         if index not in self._drawn:
             pixels, annotations = self.scene.draw(np.random.default_rng([self.seed, SPLITS.index(self.split), index]))
             image = torch.from_numpy(pixels).permute(2, 0, 1)
-            self._drawn[index] = PedestrianImage(f"{self.split}_{index:06d}", partial(_itself, image), annotations)
+            name = f"{self.split}_{index:06d}"
+            self._drawn[index] = PedestrianImage(name, self.scene.size, partial(_itself, image), annotations)
         return self._drawn[index]
 
 

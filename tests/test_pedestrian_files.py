@@ -122,6 +122,20 @@ def test_a_cut_video_is_refused_by_name_or_read_as_far_as_it_goes(tmp_path):
         video[5]
 
 
+@pytest.mark.parametrize("form", [100, 201])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_video_that_does_not_say_its_length_is_read_to_its_end(form, indexed, tmp_path):
+    write_seq(tmp_path / "V.seq", [picture(index) for index in range(5)], form)
+    if indexed:
+        SeqVideo(tmp_path / "V.seq").save_index()
+    content = bytearray((tmp_path / "V.seq").read_bytes())
+    content[572:576] = bytes(4)
+    (tmp_path / "V.seq").write_bytes(content)
+    video = SeqVideo(tmp_path / "V.seq")
+    assert len(video) == 5
+    assert video[4].shape == (3, 48, 64)
+
+
 def test_a_broken_frame_spoils_no_other(tmp_path):
     path = tmp_path / "V.seq"
     starts = write_seq(path, [picture(index) for index in range(4)])
@@ -394,6 +408,8 @@ def test_scenes_hold_the_boxes_of_all_images():
     assert scenes.truth_counts.tolist() == [1, 0]
     assert scenes.detection_counts.tolist() == [0, 1]
     assert scenes_of([], []).images == 0
+    with pytest.raises(ValueError, match="as the 1 boxes but got 2, 1 and 1"):
+        Annotations.of([[1, 2, 3, 4]], labels=[1, 1])
 
 
 # The command

@@ -28,12 +28,22 @@ class Annotations:
         labels: ``(n,)``, numbers of :data:`LABELS`.
         visible: ``(n, 4)``, the visible parts; all zeros where a box is not occluded.
         ignore: ``(n,)``, ignore regions whatever their labels.
+
+    Raises:
+        ValueError: If there are not as many of one as of the other.
     """
 
     boxes: Floats
     labels: Counts
     visible: Floats
     ignore: Flags
+
+    def __post_init__(self) -> None:
+        if not len(self.boxes) == len(self.labels) == len(self.visible) == len(self.ignore):
+            raise ValueError(
+                f"Expected as many labels, visible parts and marks as the {len(self.boxes)} boxes but got {len(self.labels)}, "
+                f"{len(self.visible)} and {len(self.ignore)}."
+            )
 
     @classmethod
     def of(

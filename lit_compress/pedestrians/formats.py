@@ -45,7 +45,12 @@ class Truths:
 
 
 def read_truths(
-    path: str | Path, damaged: Damaged = "raise", *, from_one: bool = False, frames: Sequence[str] | None = None
+    path: str | Path,
+    damaged: Damaged = "raise",
+    *,
+    from_one: bool = False,
+    frames: Sequence[str] | None = None,
+    sets: Sequence[str] | None = None,
 ) -> Truths:
     """Annotations of a folder or a file.
 
@@ -56,6 +61,7 @@ def read_truths(
         from_one: Whether a JSON as COCO's counts pixels from 1; some that hold Caltech's annotations do. The other formats always
             do, and are converted.
         frames: Names of the images that the cells of a ``.mat`` belong to; without them, they go with another ``.mat`` only.
+        sets: Which sets of videos to read from a folder, e.g. ``["set05"]``; all if None.
 
     Raises:
         ValueError: If a file is damaged, or none of these; the error names it.
@@ -63,7 +69,7 @@ def read_truths(
     """
     path = Path(path)
     if path.is_dir():
-        return _videos(path, damaged)
+        return _videos(path, damaged, sets)
     if path.suffix == ".mat":
         cells = _cells(path, "gt")
         if frames is not None and len(frames) != len(cells):
@@ -121,13 +127,15 @@ def read_detections(
     return {name: Detections.of(found) for name, found in rows.items()}
 
 
-def _videos(folder: Path, damaged: Damaged) -> Truths:
+def _videos(folder: Path, damaged: Damaged, sets: Sequence[str] | None) -> Truths:
     patterns = (f"{below}set[0-9][0-9]/V[0-9][0-9][0-9]{suffix}" for below in ("", "annotations/") for suffix in (".vbb", ".txt"))
     files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
     if not files:
         raise FileNotFoundError(f"There are no annotations setNN/VNNN.vbb in {folder}, nor in its folder `annotations`.")
     annotations: dict[str, Annotations] = {}
     for file in files:
+        if sets is not None and file.parent.name not in sets:
+            continue
         try:
             frames = read_vbb(file)
         except ValueError as error:

@@ -20,6 +20,7 @@ _HEADER = 1024
 _MAGIC = struct.pack("<I", 0xFEED) + "Norpix seq".encode("utf-16-le")
 _KINDS = {100: "raw", 200: "raw", 102: "jpeg", 201: "jpeg", 1: "png", 2: "png"}
 _MOSAICS = (101, 103)
+_UNKNOWN = 2**32  # frames: more than any file holds
 
 
 class SeqVideo:
@@ -58,7 +59,7 @@ class SeqVideo:
         self.height: int = numbers[1]
         self._bits: int = numbers[2]
         form: int = numbers[5]
-        self._stride: int = numbers[8]
+        self._stride: int = max(numbers[8], 1)
         self._claimed: int = numbers[6]
         self.fps: float = struct.unpack_from("<d", header, 584)[0]
         if form in _MOSAICS:
@@ -66,6 +67,9 @@ class SeqVideo:
         if form not in _KINDS:
             raise ValueError(f"{self.path} has the unknown image format {form}.")
         self._kind = _KINDS[form]
+        if not self._claimed:  # not said: as many as are found
+            self._claimed = _UNKNOWN
+            self._claimed = len(self._places)
         self.frames: tuple[int, ...] = tuple(self._whole_frames())
         """Numbers of the frames that can be read, from 0."""
 
@@ -140,8 +144,8 @@ class SeqVideo:
         """Where each frame's bytes begin, and how many there are; fewer frames than claimed if the file ends early."""
         if self._kind == "raw":
             size = self.width * self.height * self._bits // 8
-            starts = (_HEADER + index * self._stride for index in range(self._claimed))
-            return [(start, size) for start in starts if start + size <= self._size]
+            whole = max((self._size - _HEADER - size) // self._stride + 1, 0)
+            return [(_HEADER + index * self._stride, size) for index in range(min(self._claimed, whole))]
         if self._index_file.exists():
             return self._indexed()
         places: list[tuple[int, int]] = []
@@ -164,7 +168,7 @@ class SeqVideo:
             raise ValueError(
                 f"{self._index_file} is no index of a .seq video ({error}); delete it, the video is enough."
             ) from None
-        if len(offsets) < self._claimed:
+        if len(offsets) < self._claimed < _UNKNOWN:
             raise ValueError(f"{self._index_file} has {len(offsets)} of {self._claimed} frames; delete it, the video is enough.")
         within = [start for start in offsets[: self._claimed] if start + 4 <= self._size]
         return [(start + 4, self._size_at(start) - 4) for start in within]
@@ -186,7 +190,7 @@ class SeqVideo:
         if size <= 0 or start + size > self._size:
             return False
         if self._kind == "jpeg":
-            return self._bytes(start, 2) == b"\xff\xd8" and b"\xff\xd9" in self._bytes(start + max(size - 16, 0), min(size, 16))
+            return self._bytes(start, 2) == b"\xff\xd8" and b"\xff\xd9" in self._bytes(start + max(size - 64, 0), min(size, 64))
         return self._kind == "raw" or self._bytes(start, 8) == b"\x89PNG\r\n\x1a\n"
 
     def _size_at(self, place: int) -> int:
