@@ -439,8 +439,23 @@ def test_score_prints_a_table_and_draws(tmp_path, capsys):
     assert re.search(r"all\W+4\W+0\.0000\W+50\.0000", printed)
     assert re.search(r"far\W+0\W+-\W+-", printed), "nobody counts"
     assert picture_file.read_bytes().startswith(b"\x89PNG")
-    main(["score", "--gt", str(truths), *detectors[:2], "--subset", "reasonable", "--every", "60"])
-    assert "2 images" in capsys.readouterr().out
+    (tmp_path / "good").rename(tmp_path / "lr=0.1")
+    main(["score", "--gt", str(truths), "--dt", str(tmp_path / "lr=0.1"), "--subset", "reasonable", "--every", "60"])
+    printed = capsys.readouterr().out
+    assert "2 images" in printed
+    assert "lr=0.1" in printed
+
+
+def test_score_takes_the_sets_that_there_are_results_of(tmp_path, capsys):
+    truths = caltech_folder(tmp_path / "gt")
+    write_vbb(truths / "set00" / "V000.vbb", 60, [("person", 1, [[100, 100, 24.6, 60]] * 60, [[0] * 4] * 60)])
+    write_results(
+        tmp_path / "dt", {f"set06_{video}_I000{index}": Detections.of([]) for video in ("V000", "V001") for index in (29, 59)}
+    )
+    main(["score", "--gt", str(truths), "--dt", str(tmp_path / "dt"), "--subset", "all"])
+    printed = capsys.readouterr().out
+    assert "4 images of set06 to set06" in printed
+    assert re.search(r"all\W+4\W+100\.0000", printed), "nothing was detected"
 
 
 def test_score_gives_the_published_figure(data_dir, capsys):
@@ -466,7 +481,8 @@ def test_score_says_what_is_wrong(tmp_path, capsys):
     truths = caltech_folder(tmp_path / "gt")
     write_results(tmp_path / "dt", {"set09_V000_I00029": Detections.of([[1, 2, 3, 4, 5]])})
     for arguments, message in (
-        (["--dt", str(tmp_path / "dt")], "None of the 1 images with detections is one of the 4 annotated"),
+        (["--dt", str(tmp_path / "dt")], "None of the 1 images with detections is one of the 0 annotated"),
+        (["--dt", str(tmp_path / "dt")] * 2, "Two detectors are called dt"),
         (["--dt", str(tmp_path / "none")], "There is no"),
     ):
         with pytest.raises(SystemExit) as status:

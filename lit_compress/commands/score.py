@@ -44,28 +44,40 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--skip-damaged", action="store_true", help="warn of files that cannot be read, and go on without them")
     options = parser.parse_args(args)
     damaged: Damaged = "skip" if options.skip_damaged else "raise"
+    paths = _paths(options.dt)
     frames = None if options.frames is None else list(read_truths(options.frames).annotations)
-    truths = read_truths(options.gt, damaged, from_one=options.json_from_1, frames=frames)
+    # Annotations come for all of Caltech's sets, results for those of the test: a folder of results says which.
+    sets = sorted({folder.name for path in paths.values() for folder in path.glob("set[0-9][0-9]")}) or None
+    truths = read_truths(options.gt, damaged, from_one=options.json_from_1, frames=frames, sets=sets)
     truths = at_interval(truths, options.every)
     marked = options.as_marked or truths.marked
-    names = options.subset or (
-        ["reasonable"] if marked else [name for name in SUBSETS if not name.startswith(("overlap", "expand"))]
-    )
+    common = [name for name in SUBSETS if not name.startswith(("overlap", "expand"))]
+    names = options.subset or (["reasonable"] if marked else common)
     subsets = {name: _fitting(SUBSETS[name], truths, marked) for name in names}
-    curves: dict[str, dict[str, MissRateCurve]] = {}
-    for given in options.dt:
-        name, _, path = given.rpartition("=")
-        name = name or Path(path).stem
-        if name in curves:
-            raise ValueError(f"Two detectors are called {name}; name them apart, as `--dt ours={path}`.")
-        detections = read_detections(path, truths, damaged, from_one=options.json_from_1)
-        curves[name] = _curves(truths, detections, subsets)
+    curves = {
+        name: _curves(truths, read_detections(path, truths, damaged, from_one=options.json_from_1), subsets)
+        for name, path in paths.items()
+    }
+    print(f"Log-average miss rate in percent, {len(truths.annotations):,} images{f' of {sets[0]} to {sets[-1]}' if sets else ''}")
     _print(curves, names)
     if options.picture is not None:
         figure = plot_miss_rates({name: found[names[0]] for name, found in curves.items()})
         figure.axes[0].set_title(names[0])
         figure.savefig(options.picture, dpi=150)
         print(f"{options.picture}: the curves of {names[0]}")
+
+
+def _paths(given: Sequence[str]) -> dict[str, Path]:
+    """Name of each detector to where its detections are."""
+    paths: dict[str, Path] = {}
+    for one in given:
+        # A path may hold a "=" itself.
+        name, _, path = ("", "", one) if Path(one).exists() or "=" not in one else one.partition("=")
+        name = name or (Path(path).stem if Path(path).is_file() else Path(path).name)
+        if name in paths:
+            raise ValueError(f"Two detectors are called {name}; name them apart, as `--dt ours={path}`.")
+        paths[name] = Path(path)
+    return paths
 
 
 def _fitting(subset: Subset, truths: Truths, marked: bool) -> Subset:
@@ -97,5 +109,4 @@ def _print(curves: Mapping[str, Mapping[str, MissRateCurve]], names: Sequence[st
         # NaN: nobody counts.
         rates = [f"{100 * curve.log_average:.4f}" if curve.persons else "-" for curve in found]
         table.add_row(subset, f"{found[0].persons:,}", *rates)
-    print(f"Log-average miss rate in percent, {found[0].images:,} images")
     Console().print(table)

@@ -61,7 +61,7 @@ def read_truths(
         from_one: Whether a JSON as COCO's counts pixels from 1; some that hold Caltech's annotations do. The other formats always
             do, and are converted.
         frames: Names of the images that the cells of a ``.mat`` belong to; without them, they go with another ``.mat`` only.
-        sets: Which sets of videos to read from a folder, e.g. ``["set05"]``; all if None.
+        sets: Which of Caltech's sets of videos, e.g. ``["set05"]``; all if None. Other images all stay.
 
     Raises:
         ValueError: If a file is damaged, or none of these; the error names it.
@@ -71,18 +71,19 @@ def read_truths(
     if path.is_dir():
         return _videos(path, damaged, sets)
     if path.suffix == ".mat":
-        cells = _cells(path, "gt")
-        if frames is not None and len(frames) != len(cells):
-            raise ValueError(f"{path} has {len(cells)} cells but there are {len(frames)} names.")
-        cells = dict(zip(frames or cells, cells.values(), strict=True))
-        marked = {name: Annotations.of(rows[:, :4], ignore=rows[:, 4] != 0).from_zero() for name, rows in cells.items()}
-        return Truths(marked, {}, {}, marked=True)
-    content = _json(path)
-    if isinstance(content, dict) and "annotations" in content and "images" in content:
-        return _coco(content, path, from_one)
-    if isinstance(content, dict) and content and all(Frame.of(f"{name}_V000_0") for name in content):
-        return _extracted(content, path)
-    raise ValueError(f"{path} holds neither `images` and `annotations`, as COCO's, nor sets of videos, as Caltech's.")
+        truths = _marked(path, frames)
+    else:
+        content = _json(path)
+        if isinstance(content, dict) and "annotations" in content and "images" in content:
+            truths = _coco(content, path, from_one)
+        elif isinstance(content, dict) and content and all(Frame.of(f"{name}_V000_0") for name in content):
+            truths = _extracted(content, path)
+        else:
+            raise ValueError(f"{path} holds neither `images` and `annotations`, as COCO's, nor sets of videos, as Caltech's.")
+    if sets is None:
+        return truths
+    of_sets = {name: (frame := Frame.of(name)) is None or frame.set in sets for name in truths.annotations}
+    return replace(truths, annotations={name: one for name, one in truths.annotations.items() if of_sets[name]})
 
 
 def read_detections(
@@ -143,6 +144,15 @@ def _videos(folder: Path, damaged: Damaged, sets: Sequence[str] | None) -> Truth
             continue
         annotations |= {Frame(file.parent.name, file.stem, index).name: one for index, one in enumerate(frames)}
     return Truths(annotations, {}, {})
+
+
+def _marked(path: Path, frames: Sequence[str] | None) -> Truths:
+    cells = _cells(path, "gt")
+    if frames is not None and len(frames) != len(cells):
+        raise ValueError(f"{path} has {len(cells)} cells but there are {len(frames)} names.")
+    named = zip(frames or cells, cells.values(), strict=True)
+    annotations = {name: Annotations.of(rows[:, :4], ignore=rows[:, 4] != 0).from_zero() for name, rows in named}
+    return Truths(annotations, {}, {}, marked=True)
 
 
 def _extracted(content: Mapping[str, Any], path: Path) -> Truths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,6 +42,4 @@ def plot_miss_rates(curves: Mapping[str, MissRateCurve], axes: Axes | None = Non
     axes.set(xlabel="false positives per image", ylabel="miss rate")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower left", title="log-average miss rate", title_fontsize="small")
-    figure = axes.get_figure(root=True)
-    assert isinstance(figure, Figure)
-    return figure
+    return cast(Figure, axes.figure)
