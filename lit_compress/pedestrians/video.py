@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,7 @@ class SeqVideo:
         self.path = Path(path)
         self._damaged = damaged
         self._opened: BinaryIO | None = None
+        self._opener = 0  # process that has opened it
         header = self._bytes(0, _HEADER)
         if not header.startswith(_MAGIC) or len(header) < _HEADER:
             raise ValueError(f"{self.path} is no .seq video: it does not begin with the header of one.")
@@ -198,7 +200,8 @@ class SeqVideo:
         return int.from_bytes(found, "little") if len(found) == 4 else 0
 
     def _bytes(self, start: int, size: int) -> bytes:
-        if self._opened is None:
-            self._opened = self.path.open("rb")
+        # A forked process shares its parent's place in an open file: one would read where the other has gone.
+        if self._opened is None or self._opener != os.getpid():
+            self._opened, self._opener = self.path.open("rb"), os.getpid()
         self._opened.seek(start)
         return self._opened.read(size)
