@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning import LightningModule, Trainer
 from torchvision.ops import box_iou
 
 from lit_compress.cli import main
@@ -270,6 +271,28 @@ def test_detections_that_are_right_miss_nobody_who_counts():
     assert metric.curve.images == 12
 
 
+class Detector(LightningModule):
+    """Finds all that is there, or nothing."""
+
+    def __init__(self, blind):
+        super().__init__()
+        self.blind = blind
+        self.miss_rate = LogAverageMissRate(replace(SUBSETS["all"], bounds=None))
+
+    def validation_step(self, batch, batch_idx):
+        _, targets = batch
+        boxes = [target["boxes"][:0] if self.blind else target["boxes"] for target in targets]
+        self.miss_rate.update([{"boxes": found, "scores": torch.ones(len(found))} for found in boxes], targets)
+        self.log("val/miss_rate", self.miss_rate, batch_size=len(targets))
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_trainer_logs_the_miss_rate_of_a_detector(blind, tmp_path):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    (logged,) = trainer.validate(Detector(blind), datamodule=drawn(batch_size=5), verbose=False)
+    assert logged["val/miss_rate"] == float(blind)
+
+
 def test_settings_of_streets_out_of_range_are_refused():
     for options, message in (
         ({"train_size": 0}, "`train_size` must be at least 1"),
@@ -375,6 +398,17 @@ def test_patches_are_a_detector_s_boxes_if_there_are_any(tmp_path):
     images, labels = next(iter(data.test_dataloader()))
     assert images.shape == (6, 3, 224, 224)
     assert labels.tolist() == [1, 1, 0] * 2
+
+
+def test_patches_come_from_photographs_too(data_dir):
+    source = CocoPedestrianDataModule(
+        data_dir("coco128"), "coco128", "val2017", "annotations/instances_val2017.json", val_annotations=None, val_size=28
+    )
+    data = PedestrianPatchDataModule(source, min_height=40, side=64, batches=2)
+    assert sum(patch.label for patch in data.patches("train")) > 100
+    for images, labels in data.train_dataloader():
+        assert images.shape == (16, 3, 64, 64)
+        assert labels.sum() == 4
 
 
 def test_warping_is_cutting_and_resizing():
