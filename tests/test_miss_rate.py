@@ -358,6 +358,11 @@ def test_curves_of_several_detectors_are_drawn():
         ([{"boxes": torch.full((1, 4), math.nan), "scores": torch.rand(1)}], [{"boxes": torch.rand(1, 4)}], "must be finite"),
         (
             [{"boxes": torch.rand(1, 4), "scores": torch.rand(1)}] * 2,
+            [{"boxes": torch.rand(1, 4)}, {"boxes": torch.rand(1, 4), "labels": torch.tensor([2])}],
+            "Expected 'labels' in every image",
+        ),
+        (
+            [{"boxes": torch.rand(1, 4), "scores": torch.rand(1)}] * 2,
             [{"boxes": torch.rand(1, 4), "image_id": 1}, {"boxes": torch.rand(1, 4)}],
             "Either all targets have an `image_id` or none, but 1 of 2",
         ),
@@ -366,6 +371,17 @@ def test_curves_of_several_detectors_are_drawn():
 def test_says_what_is_wrong(preds, targets, message):
     with pytest.raises(ValueError, match=message):
         LogAverageMissRate().update(preds, targets)
+
+
+def test_a_batch_that_is_refused_leaves_nothing_behind():
+    preds, targets = inputs(*drawn(2))
+    metric = LogAverageMissRate(None, box_format="xywh")
+    metric.update(preds, targets)
+    expected = float(metric.compute())
+    broken = {**targets[0], "boxes": torch.full((1, 4), math.nan), "ignore": torch.tensor([False])}
+    with pytest.raises(ValueError, match="must be finite"):
+        metric.update(preds[:1], [broken])
+    assert float(metric.compute()) == expected
 
 
 def test_two_images_of_one_id_are_refused():

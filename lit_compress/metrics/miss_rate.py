@@ -112,12 +112,13 @@ class LogAverageMissRate(Metric):
         detected = _counts(preds)
         detections = [self._boxes(preds, "boxes", detected), _joined(preds, "scores", detected, ())[:, None]]
         annotated = _counts(targets)
+        said = {name for target in targets for name in ("visible", "labels", "ignore") if name in target}
         # Where nothing is said: not occluded, a person, not ignored.
         truths = [self._boxes(targets, "boxes", annotated)]
         ones = truths[0].new_ones(len(truths[0]), 1)
-        truths.append(self._boxes(targets, "visible", annotated) if "visible" in targets[0] else 0 * ones.expand(-1, 4))
+        truths.append(self._boxes(targets, "visible", annotated) if "visible" in said else 0 * ones.expand(-1, 4))
         for name, default in (("labels", PERSON), ("ignore", 0)):
-            given = _joined(targets, name, annotated, ())[:, None] if name in targets[0] else default * ones
+            given = _joined(targets, name, annotated, ())[:, None] if name in said else default * ones
             truths.append(given.to(ones.device))
         if identified := sum("image_id" in target for target in targets):
             if identified < len(targets):
@@ -125,14 +126,14 @@ class LogAverageMissRate(Metric):
             ids = [int(target["image_id"]) for target in targets]
         else:
             ids = [_UNNAMED] * len(targets)
-        images = torch.tensor([detected, annotated, ids], dtype=torch.float64).T
-        for state, rows in (
-            (self.detections, torch.cat(detections, dim=1)),
-            (self.truths, torch.cat(truths, dim=1)),
-            (self.images, images),
-        ):
-            if not rows.isfinite().all():
-                raise ValueError("Boxes and scores must be finite but hold NaN or infinity: has the network diverged?")
+        added = (
+            torch.cat(detections, dim=1),
+            torch.cat(truths, dim=1),
+            torch.tensor([detected, annotated, ids], dtype=torch.float64).T,
+        )
+        if not all(rows.isfinite().all() for rows in added):
+            raise ValueError("Boxes and scores must be finite but hold NaN or infinity: has the network diverged?")
+        for state, rows in zip((self.detections, self.truths, self.images), added, strict=True):
             state.append(rows.detach().to(with_float64(self.device), torch.float64))
 
     @override
