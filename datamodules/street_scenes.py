@@ -210,6 +210,8 @@ def figure(generator: Generator, tall: float) -> Stamp:
 def _annotations(outlines: dict[int, NDArray[np.bool_]], labels: dict[int, str], owner: NDArray[np.int64]) -> Annotations:
     rows = []
     for who, outline in outlines.items():
+        if not outline.any():  # beyond the edge
+            continue
         seen = owner == who
         # Who is hidden but for a tenth is nobody that could be found, nor a mistake to be found.
         hidden = seen.sum() < 0.1 * outline.sum()

@@ -230,6 +230,20 @@ def test_streets_hold_people_of_every_kind():
     assert 0.25 < np.median(shapes) < 0.55, "near the 0.41 that the evaluation takes for granted"
 
 
+@pytest.mark.parametrize(("size", "heights"), [((32, 32), (8, 22)), ((32, 200), (8, 8)), ((200, 40), (140, 140))])
+def test_streets_of_any_size_hold_boxes_in_them(size, heights):
+    scene = streets.StreetScene(size=size, heights=heights, crowds=1.0, occlusion=1.0)
+    for seed in range(40):
+        image, annotations = scene.draw(np.random.default_rng(seed))
+        assert image.shape == (*size, 3)
+        for boxes in (annotations.boxes, annotations.visible[annotations.visible.any(axis=1)]):
+            assert (boxes[:, :2] >= 0).all()
+            assert (boxes[:, :2] + boxes[:, 2:] <= size[::-1]).all()
+            assert (boxes[:, 2:] >= 1).all()
+        inside = (annotations.visible[:, :2] >= annotations.boxes[:, :2]).all(axis=1)
+        assert inside[annotations.visible.any(axis=1)].all()
+
+
 def test_a_box_holds_the_pixels_that_a_figure_changes():
     generator = np.random.default_rng(0)
     for _ in range(20):
