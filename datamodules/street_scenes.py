@@ -113,7 +113,7 @@ class StreetScene:
             stand(kind(generator, tall), place(tall), generator.uniform(0, width), 0)
         for _ in range(generator.poisson(_PEOPLE)):
             tall = float(np.exp(generator.uniform(*np.log(self.heights))))
-            margin = 0.3 * tall + 1
+            margin = min(0.3 * tall + 1, width / 2)
             foot, middle, who = place(tall), generator.uniform(margin, width - margin), len(labels) + 1
             labels[who] = "person"
             stand(figure(generator, tall), foot, middle, who)
@@ -122,7 +122,8 @@ class StreetScene:
                 stand(hidden, foot + 1, middle + generator.normal(0, 0.25 * tall), 0)
         if generator.random() < self.crowds:
             tall = self.heights[0] * generator.uniform(0.8, 1.3)
-            middle, who = generator.uniform(2 * tall, width - 2 * tall), len(labels) + 1
+            margin = min(2 * tall, width / 2)
+            middle, who = generator.uniform(margin, width - margin), len(labels) + 1
             labels[who] = "people"
             for _ in range(generator.integers(4, 9)):
                 stand(
