@@ -21,11 +21,13 @@ Make networks smaller inside PyTorch Lightning.
                                  lit-compress export --config C.yaml --ckpt last.ckpt --format onnx --verify --out model.onnx
   jpeg                           learn quantisation tables from images, and write JPEG files of a size:
                                  lit-compress jpeg photo.png --bits 1.0 --out photo.jpg
+  score                          miss rates of pedestrian detectors, by Caltech's protocol:
+                                 lit-compress score --gt annotations --dt ours=results --picture curves.png
 
 Each verb has its own --help. Any value of a config can be overridden: --trainer.max_epochs 5, --data.batch_size 32.
 """
 _LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-_OWN_VERBS = ("analyze", "shrink", "export", "jpeg")  # each a module of `lit_compress.commands`
+_OWN_VERBS = ("analyze", "shrink", "export", "jpeg", "score")  # each a module of `lit_compress.commands`
 
 
 def main(args: Sequence[str] | None = None) -> None:

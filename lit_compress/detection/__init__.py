@@ -1,0 +1,18 @@
+"""Parts of pedestrian detectors."""
+
+from lit_compress.detection.acf import ACFChannels
+from lit_compress.detection.anchors import decode_boxes, encode_boxes, pedestrian_anchors
+from lit_compress.detection.assignment import Assignment, assign_anchors, sample_anchors
+from lit_compress.detection.suppression import best_detections, suppress
+
+__all__ = [
+    "ACFChannels",
+    "Assignment",
+    "assign_anchors",
+    "best_detections",
+    "decode_boxes",
+    "encode_boxes",
+    "pedestrian_anchors",
+    "sample_anchors",
+    "suppress",
+]
