@@ -19,27 +19,10 @@ from lit_compress.latency import Comparison, widest_within
 from lit_compress.models import ResNetCIFAR
 from lit_compress.report import Latency
 from lit_compress.surgery import make_plan
-from tests.modules import Small, every_epoch, new_trainer, same
+from tests.modules import CLOCK, Small, every_epoch, new_trainer, same
 
 WIDTH = 16
 INPUTS = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))  # more than the width, so that all widths are met
-
-
-class Clock:
-    """A clock that only sleeping moves, so that no other load on the machine is measured."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    def perf_counter(self) -> float:
-        self.now += 1e-12  # what never sleeps takes some time as well
-        return self.now
-
-
-CLOCK = Clock()
 
 
 @pytest.fixture(autouse=True, scope="module")
