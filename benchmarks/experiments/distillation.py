@@ -2,8 +2,8 @@
 
     python -m benchmarks.experiments.distillation mnist cifar10 camvid --data DIR --seeds 0 1 2 --out docs/images/distillation
 
-All arms of a seed train with the same settings from the same weights, and learn from the same teacher. Writes OUT.json after every
-run (and goes on from it), keeps teachers in --teachers, and prints a table.
+All arms of a seed train with the same settings from the same weights, and learn from the same teacher. Writes OUT.json after
+every run (and goes on from it), keeps teachers in --teachers, and prints a table.
 """
 
 import argparse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lit_compress.losses.attention import attention_transfer
 from lit_compress.losses.confidence import hint, mahalanobis
-from lit_compress.losses.knowledge import Form, knowledge_distillation
+from lit_compress.losses.knowledge import Form, hard_weight, knowledge_distillation
 from lit_compress.taps import OUTPUT, pairs_of
 from lit_compress.teacher import Teacher, covariance_of, mean_of
 
@@ -35,6 +35,9 @@ class Term(nn.Module, ABC):
         weight: Factor of the term.
         name: Under which it is logged; by default its class in snake case.
 
+    Attributes:
+        reads_labels: Whether the term cannot do without labels, which a loss that is added to somebody else's does not know.
+
     Raises:
         ValueError: If the weight is negative.
 
@@ -47,6 +50,8 @@ class Term(nn.Module, ABC):
         >>> term.parts({"flatten": torch.eye(2)}, {"flatten": torch.eye(2)}, torch.tensor([0, 1]))
         {'overlap': tensor(0.)}
     """
+
+    reads_labels = False
 
     def __init__(
         self,
@@ -68,16 +73,16 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     @override
-    def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> Tensor | dict[str, Tensor]:
+    def forward(self, student: Readings, teacher: Readings, labels: Any) -> Tensor | dict[str, Tensor]:
         """The loss, a scalar before its weight, or a scalar for each of several parts that are added up.
 
         Args:
             student: What was read of the student.
             teacher: What was read of the teacher, without gradient.
-            labels: Of the batch, as the data give them.
+            labels: Of the batch, as the data give them; None from ``distill_from_unpruned``.
         """
 
-    def parts(self, student: Readings, teacher: Readings, labels: Tensor) -> dict[str, Tensor]:
+    def parts(self, student: Readings, teacher: Readings, labels: Tensor | None) -> dict[str, Tensor]:
         """What the term adds to the loss, weighted, by the names under which it is logged."""
         value = self(student, teacher, labels)
         if isinstance(value, Tensor):
@@ -96,6 +101,8 @@ class CrossEntropy(Term):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    reads_labels = True
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0, name: str | None = None) -> None:
         super().__init__(teacher_taps=(), weight=weight, name=name)
@@ -129,9 +136,10 @@ class KnowledgeDistillation(Term):
     ) -> None:
         super().__init__(weight=weight, name=name)
         self.temperature, self.alpha, self.form = temperature, alpha, form
+        self.reads_labels = hard_weight(alpha, form) != 0
 
     @override
-    def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> Tensor:
+    def forward(self, student: Readings, teacher: Readings, labels: Tensor | None) -> Tensor:
         return knowledge_distillation(
             student[OUTPUT], teacher[OUTPUT], labels, temperature=self.temperature, alpha=self.alpha, form=self.form
         )
@@ -262,7 +270,7 @@ def teacher_for(network: nn.Module, terms: Sequence[Term]) -> Teacher:
     )
 
 
-def loss_parts(terms: Sequence[Term], student: Readings, teacher: Readings, labels: Tensor) -> dict[str, Tensor]:
+def loss_parts(terms: Sequence[Term], student: Readings, teacher: Readings, labels: Tensor | None) -> dict[str, Tensor]:
     """What each term adds to the loss, weighted, by name; the loss is their sum.
 
     Raises:
