@@ -130,6 +130,9 @@ def test_a_fast_dev_run_tries_the_cut(name, tmp_path):
         "slimming": lambda: SlimmingPruning(keep_params=0.5),
         "pib": PIBPruning,
         "vib": lambda: VIBPruning(keep_params=0.5),
+        "pfa, distilled": lambda: PFAPruning(keep_params=0.5, distill_from_unpruned=True),
+        "slimming, distilled": lambda: SlimmingPruning(keep_params=0.5, distill_from_unpruned=True),
+        "vib, distilled": lambda: VIBPruning(keep_params=0.5, distill_from_unpruned=True),
     }[name]()
     seed_everything(0, verbose=False)
     module = kind()

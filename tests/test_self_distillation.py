@@ -218,7 +218,7 @@ def test_two_processes_learn_as_one_and_from_one_teacher(processes, tmp_path):
     alone, teacher, logged = learn_on_ranks(tmp_path / "one", 32)
     one, other = processes(2)(learn_on_ranks, tmp_path / "two", 16)
     assert ranks.world_size() == 1
-    assert same(one, other)
+    assert same(one[:2], other[:2])
     assert one[0]["net.0.weight"].shape == alone["net.0.weight"].shape
     for name, value in alone.items():
         torch.testing.assert_close(one[0][name], value, rtol=1e-4, atol=1e-6)  # sums of another order
@@ -257,7 +257,7 @@ class ManuallyTrained(Small):
 @pytest.mark.parametrize(
     ("kind", "terms", "text"),
     [
-        (InParts, True, "the training step calls .* and then 'net.4'"),
+        (InParts, True, "the training step calls 'net.0' and then 'net.2'"),
         (Twice, True, "the training step calls 'net' and then 'net'"),
         (CallsNone, True, "CallsNone calls no module with parameters"),
         (ManuallyTrained, True, "ManuallyTrained optimizes manually.*`train/unpruned` cannot be added"),
