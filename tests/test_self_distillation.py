@@ -105,7 +105,7 @@ def test_the_teacher_stays_the_first_network_and_is_beside_the_weights_of_a_chec
     firsts = []
     look = At(1, lambda trainer, module: firsts.append(copy.deepcopy(dict(module.state_dict()))))
     cuts = {"energy": 0.8, "every_n_epochs": 1, "max_cuts": 2, "distill_from_unpruned": True}
-    module, trainer = fit(tmp_path, PFAPruning(**cuts), look, every_epoch(tmp_path), max_epochs=4, enable_checkpointing=True)
+    _, trainer = fit(tmp_path, PFAPruning(**cuts), look, every_epoch(tmp_path), max_epochs=4, enable_checkpointing=True)
     sizes = [report.after.parameters for report in trainer.callbacks[1].reports]
     assert sizes[0] > sizes[1]
     for epoch in (1, 2, 3):
@@ -339,7 +339,7 @@ class Uncopied(Small):
 
 
 def test_a_module_that_cannot_be_copied_is_refused_by_name(tmp_path):
-    with pytest.raises(MisconfigurationException, match="Uncopied cannot be copied: .*generator"):
+    with pytest.raises(MisconfigurationException, match=r"Uncopied cannot be copied: .*generator"):
         fit(tmp_path, PFAPruning(**DISTIL), kind=Uncopied)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from lit_compress.losses.knowledge import Form, hard_weight, knowledge_distillat
 from lit_compress.taps import OUTPUT, pairs_of
 from lit_compress.teacher import Teacher, covariance_of, mean_of
 
+Channels: TypeAlias = Literal["first", "last"]
 Readings: TypeAlias = Mapping[str, Tensor]
 """Name of a layer to what it gave for a batch; ``""`` is the network's output."""
 
@@ -155,9 +156,11 @@ class AttentionTransfer(Term):
         beta: Weight of three pairs. Each pair is weighed by ``beta · 3 / pairs``, which makes the documents' 750 of four taps and
             600 of five out of 1000: do not scale it once more.
         name: Under which it is logged, followed by the student's layer.
+        student_channels: ``"last"`` if the student's layers give ``(N, *spatial, C)``, as those of torchvision's Swin do.
+        teacher_channels: Likewise of the teacher.
 
     Raises:
-        ValueError: If no layer is named.
+        ValueError: If no layer is named, or channels are neither first nor last.
 
     Source: section 4.4 of the thesis on efficient learning under a budget.
 
@@ -166,16 +169,32 @@ class AttentionTransfer(Term):
         1500.0
     """
 
-    def __init__(self, taps: Mapping[str, str] | Sequence[str], beta: float = 1000.0, name: str | None = None) -> None:
+    def __init__(
+        self,
+        taps: Mapping[str, str] | Sequence[str],
+        beta: float = 1000.0,
+        name: str | None = None,
+        student_channels: Channels = "first",
+        teacher_channels: Channels = "first",
+    ) -> None:
         pairs = pairs_of(taps, "taps")
         if not pairs:
             raise ValueError("Argument `taps` must name at least one layer.")
+        for argument, place in [("student_channels", student_channels), ("teacher_channels", teacher_channels)]:
+            if place not in get_args(Channels):
+                raise ValueError(f"Argument `{argument}` must be 'first' or 'last' but got {place!r}.")
         super().__init__(tuple(pairs), tuple(pairs.values()), weight=beta * 3 / len(pairs), name=name)
         self.taps = pairs
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
 
     @override
-    def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> dict[str, Tensor]:
-        return {ours: attention_transfer(student[ours], teacher[theirs]) for ours, theirs in self.taps.items()}
+    def forward(self, student: Readings, teacher: Readings, labels: Any) -> dict[str, Tensor]:
+        return {
+            ours: attention_transfer(
+                _channels_first(student[ours], self.student_channels), _channels_first(teacher[theirs], self.teacher_channels)
+            )
+            for ours, theirs in self.taps.items()
+        }
 
 
 class Hint(Term):
@@ -242,6 +261,10 @@ class TeacherConfidence(Term):
     def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> Tensor:
         (ours,), (theirs,) = self.student_taps, self.sampled_taps
         return mahalanobis(student[ours], teacher[mean_of(theirs)], teacher[covariance_of(theirs)], ridge=self.ridge)
+
+
+def _channels_first(maps: Tensor, channels: Channels) -> Tensor:
+    return maps if channels == "first" else maps.movedim(-1, 1)
 
 
 def student_taps(terms: Sequence[Term]) -> tuple[str, ...]:
