@@ -8,7 +8,7 @@ every run (and goes on from it), keeps teachers in --teachers, and prints a tabl
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,8 @@ def learn(setting: Setting, net: nn.Module, data: Any, seed: int, teacher: nn.Mo
     return logged["val/iou"]
 
 
-def run_seed(name: str, data: Any, seed: int, finished: Finished, teachers: Path) -> None:
+def run_seed(name: str, setting: Setting, data: Any, seed: int, finished: Finished, teachers: Path) -> None:
     """All arms for one seed that are not there yet."""
-    setting = SETTINGS[name]
 
     def record(arm: str, seed: int, net: nn.Module, score: float) -> None:
         finished.add([{"data": name, "arm": arm, "seed": seed, "parameters": count_parameters(net), "score": score}])
@@ -147,16 +146,20 @@ def main() -> None:
     parser.add_argument("sets", nargs="+", choices=list(SETTINGS))
     parser.add_argument("--data", type=Path, help="folder of the data sets; $LIT_COMPRESS_DATA or ./data by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="of every training, in place of the setting's own")
     parser.add_argument("--teachers", type=Path, default=Path("lit_compress_runs/distillation"))
     parser.add_argument("--out", type=Path, default=Path("distillation"))
     options = parser.parse_args()
     quiet()
     finished = Finished(options.out.with_suffix(".json"))
     for name in options.sets:
-        data = SETTINGS[name].data(options.data)
+        setting = SETTINGS[name]
+        if options.epochs is not None:
+            setting = replace(setting, epochs=options.epochs)
+        data = setting.data(options.data)
         data.prepare_data()
         for seed in options.seeds:
-            run_seed(name, data, seed, finished, options.teachers)
+            run_seed(name, setting, data, seed, finished, options.teachers)
     print(table(finished.runs))
 
 
