@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeAlias
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
-AddedLoss: TypeAlias = Callable[[Any], Tensor]
+AddedLoss: TypeAlias = Callable[..., Tensor | Mapping[str, Tensor]]
+Watch: TypeAlias = Callable[[Any], AbstractContextManager[Any]]
 
 
-def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss) -> None:
+def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss, watch: Watch | None = None) -> None:
     """Add a loss to what the ``training_step`` of any module returns, until :func:`remove_loss`.
 
     It is added to every batch's loss, inside of the step: mixed precision, gradient accumulation and DDP treat it as they treat
-    the module's own, also for parameters that nothing else uses. It is logged as ``train/<name>``, the mean over the epoch.
-    Several may be added, each under a name of its own; adding one again takes its place.
+    the module's own, also for parameters that nothing else uses. It is logged as ``train/<name>``, or of several parts each as
+    ``train/<name>/<part>``, the mean over the epoch and over ranks. Several may be added, each under a name of its own; adding
+    one again takes its place.
 
     Args:
         pl_module: The module; its step may return a loss, a dict with one, or None to skip the batch.
         name: What it is logged as.
-        loss: From the module to a scalar, in the unit of its own loss.
+        loss: From the module to a scalar, in the unit of its own loss, or to scalars by the name of a part, which are added up.
+        watch: Makes a context of the module, in which its own step runs, to see what happens in it. ``loss`` is then given what
+            the context yields, after the module.
 
     Raises:
         MisconfigurationException: If the module optimizes manually: its step calls ``backward`` itself.
@@ -34,7 +39,7 @@ def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss) -> None:
     if not isinstance(step, _Step):
         step = _Step(pl_module, step)
         vars(pl_module)["training_step"] = step  # on the instance, in front of the class's own
-    step.losses[name] = loss
+    step.losses[name] = loss, watch
 
 
 def refuse_manual(pl_module: LightningModule, name: str) -> None:
@@ -68,7 +73,7 @@ class _Step:
 
     def __init__(self, module: LightningModule, own: Callable[..., Any] | None) -> None:
         self.module, self.own = module, own
-        self.losses: dict[str, AddedLoss] = {}
+        self.losses: dict[str, tuple[AddedLoss, Watch | None]] = {}
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -76,14 +81,20 @@ class _Step:
         return types.MethodType(type(self.module).training_step, self.module) if self.own is None else self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.__wrapped__(*args, **kwargs)
+        with ExitStack() as stack:
+            seen = {
+                name: stack.enter_context(watch(self.module)) for name, (_, watch) in self.losses.items() if watch is not None
+            }
+            found = self.__wrapped__(*args, **kwargs)
         if found is None:
             return None
         total = found["loss"] if isinstance(found, dict) else found
-        for name, loss in self.losses.items():
-            added = loss(self.module)
-            self.module.log(f"train/{name}", added.detach(), on_step=False, on_epoch=True, batch_size=1)
-            total = total + added
+        for name, (loss, watch) in self.losses.items():
+            added = loss(self.module) if watch is None else loss(self.module, seen[name])
+            parts = {name: added} if isinstance(added, Tensor) else {f"{name}/{part}": one for part, one in added.items()}
+            for part, one in parts.items():
+                self.module.log(f"train/{part}", one.detach(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+                total = total + one
         return {**found, "loss": total} if isinstance(found, dict) else total
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lit_compress import rng
 from lit_compress.analysis import Analysis, analyze
+from lit_compress.callbacks.added_loss import refuse_manual
 from lit_compress.callbacks.anew import draw_anew
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests, optimizers_of, stops_now
 from lit_compress.callbacks.fallback import Fallback, Kept
@@ -28,6 +29,7 @@ from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state
 from lit_compress.callbacks.restart import first_schedule, prepare_restart, warn_if_cut_short
 from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
 from lit_compress.callbacks.schedule import CutSchedule
+from lit_compress.callbacks.self_distillation import NAME, SelfDistillation
 from lit_compress.callbacks.steps import (
     evaluate,
     is_dev_run,
@@ -40,6 +42,7 @@ from lit_compress.callbacks.steps import (
 from lit_compress.checkpoint import write_plan
 from lit_compress.graph import ChannelGraph, trace
 from lit_compress.latency import Comparison
+from lit_compress.losses import Term
 from lit_compress.naming import matches
 from lit_compress.norms import reestimate_norms
 from lit_compress.optimizer_state import refuse_sharded
@@ -92,6 +95,11 @@ class PruningCallback(Callback, ABC):
             when training began, and so are the learning rate and momentum of every parameter group. ``max_epochs`` stays: it
             counts training and fine-tuning together, and the schedule should be made for one of them. By default the running
             schedule goes on.
+        distill_from_unpruned: After the first cut, let the network also learn from what it was right before: a frozen copy gives
+            its softened outputs for each batch, and their divergence is added to the module's own loss. Or a list of terms
+            (:mod:`lit_compress.losses`), which name layers of the network that ``training_step`` calls. Logged part by part, as
+            ``train/unpruned/<term>``. Checkpoints hold the copy, beside the weights and not among them, so that a resumed run
+            has the same teacher. A step then also costs a forward of the unpruned network.
         evaluate: Run the validation data before and after each cut, to tell what the cut itself costs.
         verify: Check on real data that the cut is exact and that ``training_step`` still runs, and otherwise put everything back
             and raise.
@@ -101,7 +109,9 @@ class PruningCallback(Callback, ABC):
     Raises:
         MisconfigurationException: If the triggers contradict each other or the Trainer. From the start of ``fit``: if the
             strategy cannot be cut in flight, a pattern matches no module, a module under manual optimization has no
-            ``validation_step``, an optimizer's state cannot follow a cut, or there is no schedule that could be restarted.
+            ``validation_step``, an optimizer's state cannot follow a cut, or there is no schedule that could be restarted; if
+            the module is to be distilled and optimizes manually. From the first step: if that calls not one network, once, or
+            the network lacks a layer that a term reads.
     """
 
     def __init__(
@@ -119,6 +129,7 @@ class PruningCallback(Callback, ABC):
         max_drop: float | None = None,
         reestimate_norms: bool = False,
         restart_schedule: bool = False,
+        distill_from_unpruned: bool | Sequence[Term] = False,
         evaluate: bool = True,
         verify: bool = True,
         **kwargs: Any,
@@ -152,6 +163,7 @@ class PruningCallback(Callback, ABC):
         self.weights = weights
         self.loader, self.max_samples, self.evaluate, self.verify = loader, max_samples, evaluate, verify
         self.restart_schedule, self.reestimate_norms = restart_schedule, reestimate_norms
+        self.self_distillation = SelfDistillation(distill_from_unpruned)
         self.fallback: Fallback | None = None
         if max_drop is not None:
             if not evaluate:
@@ -210,6 +222,7 @@ class PruningCallback(Callback, ABC):
         if trainer.global_step == 0:  # what is resumed brings its own state later
             self.schedule.reset()
             self.reports, self._first_schedule = [], None
+            self.self_distillation.reset()
             if self.fallback is not None:
                 self.fallback.reset()
         if not is_dev_run(trainer):
@@ -224,6 +237,10 @@ class PruningCallback(Callback, ABC):
             if not any(matches(name, pattern) for name in names):
                 raise MisconfigurationException(f"Pattern {pattern!r} matches no module of {type(pl_module).__name__}.")
         refuse_only_training(pl_module)
+        if self.self_distillation.terms:
+            refuse_manual(pl_module, NAME)
+            if any(one is not self and one.self_distillation.terms for one in _pruning_callbacks(trainer)):
+                raise MisconfigurationException("Two callbacks have `distill_from_unpruned`: leave it to the first that cuts.")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,6 +252,14 @@ class PruningCallback(Callback, ABC):
         refuse_several(trainer, pl_module, self.loader)
         if self.restart_schedule and self._first_schedule is None:
             self._first_schedule = first_schedule(trainer, pl_module)
+        self.self_distillation.begin(pl_module)
+        if self.self_distillation.lacks_teacher and any(
+            report.after.parameters < report.before.parameters for report in self.reports
+        ):
+            raise MisconfigurationException(
+                "The run that is resumed was cut without `distill_from_unpruned`, and the unpruned network is not in its "
+                "checkpoint. Resume from before the cut, or leave it out."
+            )
         # Resumed in the middle of an epoch, the rest of that epoch comes first.
         if trainer.fit_loop.restarted_mid_epoch and (states := self._own_rng(trainer)) is not None:
             rng.restore(states)
@@ -250,6 +275,7 @@ class PruningCallback(Callback, ABC):
             hopeless = self.fallback.strength == 0
             self._validated_at = -1
             self.reports = self.fallback.go_back(trainer, pl_module)
+            self.self_distillation.forget_if_whole(pl_module)
             if hopeless:
                 self.nothing_left(trainer)
             elif self.fallback.searching:
@@ -298,6 +324,7 @@ class PruningCallback(Callback, ABC):
         if (reports := fallback.end(trainer, pl_module, value)) is None:
             return False
         self.reports, self._final = reports, evaluate(trainer, pl_module)
+        self.self_distillation.forget_if_whole(pl_module)
         # What `ModelCheckpoint` ranks the network by.
         trainer.callback_metrics.update({key: torch.tensor(one, device=pl_module.device) for key, one in self._final.items()})
         return True
@@ -314,6 +341,11 @@ class PruningCallback(Callback, ABC):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._failed = True  # perhaps on this rank alone: a checkpoint that is written now cannot ask the others
+        self.self_distillation.end(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.self_distillation.end(pl_module)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -347,6 +379,7 @@ class PruningCallback(Callback, ABC):
             "rng": [rng.collect()] if self._failed else share(rng.collect()),
             "reports": [report.to_dict() for report in self.reports],
             "fallback": None if self.fallback is None else self.fallback.state_dict(),
+            "unpruned": self.self_distillation.state_dict(),
         }
 
     @override
@@ -358,6 +391,7 @@ class PruningCallback(Callback, ABC):
         self.reports = [CutReport.from_dict(report) for report in state_dict["reports"]]
         if self.fallback is not None and state_dict["fallback"] is not None:
             self.fallback.load_state_dict(state_dict["fallback"])
+        self.self_distillation.load_state_dict(state_dict["unpruned"])
 
     def _monitored(self, trainer: Trainer) -> dict[str, float]:
         """The monitored metric, if it is logged, the same on all ranks, which must cut together."""
@@ -411,7 +445,13 @@ class PruningCallback(Callback, ABC):
                 if self.fallback is not None:
                     self.fallback.check(metrics)
                 kept = None if self.fallback is None else Kept.of(trainer, pl_module, self.reports)
-            with rewrapped(trainer, pl_module), as_one(), all_or_nothing([pl_module, *averages], optimizers_of(trainer)):
+            unpruned = self.self_distillation.cutting(pl_module) if plan.keep else nullcontext()
+            with (
+                rewrapped(trainer, pl_module),
+                as_one(),
+                all_or_nothing([pl_module, *averages], optimizers_of(trainer)),
+                unpruned,
+            ):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
                     pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph,
@@ -447,9 +487,9 @@ class PruningCallback(Callback, ABC):
         self._validated_at = -1
         self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
-        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
         with as_one(), rng.isolated():
-            report.publish(trainer, analysis, plan.recipe, index=sum(len(callback.reports) for callback in callbacks) - 1)
+            index = sum(len(callback.reports) for callback in _pruning_callbacks(trainer)) - 1
+            report.publish(trainer, analysis, plan.recipe, index)
         if speed.slower:
             _warn_slower(speed, stopwatch.batch_size, pl_module.device)
         if plan.keep:
@@ -480,6 +520,10 @@ class PruningCallback(Callback, ABC):
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         return evaluate(trainer, pl_module) if self.evaluate else {}
+
+
+def _pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
 
 
 def _refuse_disagreement(plan: Plan) -> None:

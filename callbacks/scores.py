@@ -137,6 +137,7 @@ class SlimmingPruning(ScorePruning):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         remove_loss(pl_module, "slimming")
 
     def _penalty(self, module: Any) -> Tensor:

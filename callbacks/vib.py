@@ -197,6 +197,7 @@ class VIBPruning(PruningCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._leave_gates(pl_module)
 
     @override

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lit_compress.statistics.covariance import with_float64
 from lit_compress.taps import OUTPUT, Taps
@@ -75,11 +75,6 @@ class Teacher:
         self.passes, self.rows_at_once = passes, rows_at_once
         self._reader = Taps(network, dict.fromkeys([*self.taps, *self.sampled]))
 
-    @classmethod
-    def frozen_copy(cls, network: nn.Module, taps: Collection[str] = (OUTPUT,)) -> Teacher:
-        """A teacher that is the network as it is now, for a student that is what becomes of it."""
-        return cls(copy.deepcopy(network), taps)
-
     @property
     def readings(self) -> tuple[str, ...]:
         """Names of what :meth:`read` returns."""
@@ -94,28 +89,31 @@ class Teacher:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def read(self, inputs: Tensor) -> dict[str, Tensor]:
+    def read(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         """What the teacher gives for a batch.
 
         Args:
-            inputs: Batch ``(N, *)``.
+            inputs: What its forward takes, batches ``(N, *)``; one tensor if layers are sampled.
+            named: Likewise, by name.
 
         Returns:
             Name of each reading to a tensor without gradient, with N entries; moments of sampled layers are float32.
 
         Raises:
             ValueError: If a layer to read does not run, runs twice, or does not give a tensor; if no dropout layer is active
-                before a sampled one, or its vectors have as many dimensions as there are passes.
+                before a sampled one, its vectors have as many dimensions as there are passes, or there are other inputs than one.
         """
-        self._follow(inputs)
+        self._follow([leaf for leaf in tree_leaves((inputs, named)) if isinstance(leaf, Tensor)])
         if not self.sampled:
-            return self._plain(inputs)
-        parts = [self._with_samples(part) for part in inputs.split(max(1, self.rows_at_once // self.passes))]
+            return self._plain(inputs, named)
+        if named or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise ValueError("Confidence is read of networks that take one tensor, whose samples can be repeated.")
+        parts = [self._with_samples(part) for part in inputs[0].split(max(1, self.rows_at_once // self.passes))]
         return {name: torch.cat([part[name] for part in parts]) for name in self.readings}
 
-    def _plain(self, inputs: Tensor) -> dict[str, Tensor]:
+    def _plain(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Tensor]:
         with torch.no_grad(), self._reader.reading() as found:
-            self.network(inputs)
+            self.network(*inputs, **named)
         return {name: found[name] for name in self.taps}
 
     def _with_samples(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -137,14 +135,14 @@ class Teacher:
             readings[covariance_of(tap)] = covariance.to(rows.device, torch.float32)
         return readings
 
-    def _follow(self, inputs: Tensor) -> None:
+    def _follow(self, inputs: Sequence[Tensor]) -> None:
         parameter = next((one for one in self.network.parameters() if one.is_floating_point()), None)
-        if parameter is None:
+        if parameter is None or not inputs:
             return
-        dtype = inputs.dtype if inputs.is_floating_point() else parameter.dtype
-        if (parameter.device, parameter.dtype) != (inputs.device, dtype):
+        dtype = next((one.dtype for one in inputs if one.is_floating_point()), parameter.dtype)
+        if (parameter.device, parameter.dtype) != (inputs[0].device, dtype):
             _ = self.fingerprint  # before a narrower type rounds what it is taken of
-            self.network.to(inputs.device, dtype)
+            self.network.to(inputs[0].device, dtype)
 
     def __deepcopy__(self, memo: Mapping[int, Any]) -> Teacher:
         return self

@@ -519,6 +519,7 @@ class Sure(Theirs):
 
 METHODS = {
     "pfa": (Theirs, lambda: PFAPruning(at_epoch=3, energy=0.9)),
+    "pfa, distilled": (Theirs, lambda: PFAPruning(at_epoch=3, energy=0.9, distill_from_unpruned=True)),
     "slimming": (Theirs, lambda: SlimmingPruning(at_epoch=3, keep_params=0.5, strength=1e-2)),
     "pib": (Sure, lambda: PIBPruning(at_epoch=3)),
     "vib": (Theirs, lambda: VIBPruning(at_epoch=3, kl_scale=0.05, gate_lr=0.3, gate_weight_decay=0.1)),

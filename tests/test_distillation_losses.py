@@ -320,3 +320,26 @@ def test_a_term_of_ones_own_may_hold_parameters():
     parts = term.parts(ours, theirs, None)
     parts["regressed"].backward()
     assert term.bridge.weight.grad.abs().sum() > 0
+
+
+def test_channels_that_come_last_are_refused_or_moved():
+    student, teacher = torch.rand(2, 4, 7, 7), torch.rand(2, 96, 7, 7)
+    last = teacher.movedim(1, -1)
+    with pytest.raises(ValueError, match=r"got \(7, 7\) and \(7, 96\) positions.*`teacher_channels=\"last\"`"):
+        attention_transfer(student, last)
+    term = AttentionTransfer(["stage"], teacher_channels="last")
+    assert term({"stage": student}, {"stage": last}, None)["stage"] == attention_transfer(student, teacher)
+    with pytest.raises(ValueError, match="`student_channels` must be 'first' or 'last' but got 'C'"):
+        AttentionTransfer(["stage"], student_channels="C")
+
+
+def test_a_part_that_has_no_weight_needs_no_labels():
+    student, teacher = torch.randn(3, 4), torch.randn(3, 4)
+    labels = torch.tensor([0, 1, 2])
+    for form, alpha in [("thesis", 1.0), ("zagoruyko", 1.0), ("released", 1.0), ("paper", 0.0)]:
+        alone = knowledge_distillation(student, teacher, None, alpha=alpha, form=form)
+        assert alone == knowledge_distillation(student, teacher, labels, alpha=alpha, form=form)
+        assert not KnowledgeDistillation(alpha=alpha, form=form).reads_labels
+        assert KnowledgeDistillation(form=form).reads_labels
+        with pytest.raises(ValueError, match="needs labels but got None"):
+            knowledge_distillation(student, teacher, None, form=form)

@@ -67,3 +67,28 @@ def test_buoys_are_told_from_each_other(root, tmp_path):
     assert {run["target"] for run in json.loads((tmp_path / "t.json").read_text())} == {3}
     assert "| 3 (8N165E) |" in shown
     assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_students_on_mnist_run_and_go_on_where_they_were_stopped(data_dir, root, tmp_path):
+    out = tmp_path / "s.json"
+    arguments = ["mnist", "--seeds", "0", "--epochs", "1", "--data", str(data_dir("MNIST"))]
+    arguments += ["--teachers", str(tmp_path / "teachers"), "--out", str(out.with_suffix(""))]
+    shown = run(root, "distillation", arguments)
+    runs = json.loads(out.read_text())
+    assert [run["arm"] for run in runs] == ["teacher", "alone", "knowledge distillation", "attention transfer"]
+    assert len({run["parameters"] for run in runs[1:]}) == 1 < runs[0]["parameters"] / runs[1]["parameters"]
+    out.write_text(json.dumps(runs[:2]))
+    assert run(root, "distillation", arguments).splitlines()[-4:] == shown.splitlines()[-4:]
+
+
+@pytest.mark.long
+def test_self_distillation_runs_on_mnist(data_dir, root, tmp_path):
+    arguments = ["--seeds", "0", "--epochs", "1", "--fine_tuning", "1", "--train_size", "512", "--data", str(data_dir("MNIST"))]
+    run(root, "self_distillation", [*arguments, "--out", str(tmp_path / "s")])
+    full, *runs = json.loads((tmp_path / "s.json").read_text())
+    assert full["arm"] == "full"
+    for alone, taught in zip(runs[::2], runs[1::2], strict=True):
+        assert (alone["size"], alone["cut"]) == (taught["size"], taught["cut"])
+        assert alone["size"] <= alone["kept"]
+    assert [run["arm"] for run in runs] == ["labels alone", "labels and the unpruned network"] * 3

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_compress import count_parameters, load_pruned
 from lit_compress.callbacks import MagnitudePruning, PFAPruning, PIBPruning, SlimmingPruning, VIBPruning
 from lit_compress.gates import gates_of
+from lit_compress.losses import AttentionTransfer
 from lit_compress.models import LeNet300100
 from lit_compress.modules import LitClassifier
 from lit_compress.plan import plan_of
@@ -58,6 +59,14 @@ CALLBACKS = {
     "slimming": (Theirs, lambda: SlimmingPruning(keep_channels=0.7, strength=1e-2, every_n_epochs=2, max_cuts=2)),
     "pib": (Sigmoid, lambda: PIBPruning(every_n_epochs=2, max_cuts=2, stop=False)),
     "vib": (Theirs, lambda: VIBPruning(at_epoch=4, **STRONG)),
+    "pfa, distilled": (Theirs, lambda: PFAPruning(energy=0.9, every_n_epochs=2, max_cuts=2, distill_from_unpruned=True)),
+    "slimming, distilled": (
+        Theirs,
+        lambda: SlimmingPruning(
+            keep_channels=0.7, strength=1e-2, at_epoch=3, distill_from_unpruned=[AttentionTransfer(["body.4"])]
+        ),
+    ),
+    "vib, distilled": (Theirs, lambda: VIBPruning(at_epoch=4, distill_from_unpruned=True, **STRONG)),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*lie between 0.1 and 0.9")
 
@@ -121,6 +130,9 @@ def test_a_fast_dev_run_tries_the_cut(name, tmp_path):
         "slimming": lambda: SlimmingPruning(keep_params=0.5),
         "pib": PIBPruning,
         "vib": lambda: VIBPruning(keep_params=0.5),
+        "pfa, distilled": lambda: PFAPruning(keep_params=0.5, distill_from_unpruned=True),
+        "slimming, distilled": lambda: SlimmingPruning(keep_params=0.5, distill_from_unpruned=True),
+        "vib, distilled": lambda: VIBPruning(keep_params=0.5, distill_from_unpruned=True),
     }[name]()
     seed_everything(0, verbose=False)
     module = kind()

@@ -244,15 +244,16 @@ def test_a_cut_that_is_recovered_from_stays_as_chosen(tmp_path):
     assert callback.schedule.cuts == [2]
 
 
-def test_a_run_resumed_in_the_middle_of_the_search_ends_as_one_that_never_stopped(tmp_path):
-    whole, _ = fit(tmp_path / "whole", pruning())
+@pytest.mark.parametrize("distil", [False, True], ids=["", "distilled"])
+def test_a_run_resumed_in_the_middle_of_the_search_ends_as_one_that_never_stopped(distil, tmp_path):
+    whole, _ = fit(tmp_path / "whole", pruning(distill_from_unpruned=distil))
     tried = {}
     for epoch in range(2, 9):
         path = tmp_path / "whole" / "files" / f"epoch={epoch}.ckpt"
         content = torch.load(path, weights_only=True)
         tried[epoch] = sum(tensor.numel() for tensor in content["state_dict"].values())
         if epoch % 2 == 0:
-            resumed, _ = fit(tmp_path / str(epoch), pruning(), ckpt_path=path)
+            resumed, _ = fit(tmp_path / str(epoch), pruning(distill_from_unpruned=distil), ckpt_path=path)
             assert same(dict(resumed.state_dict()), dict(whole.state_dict())), epoch
     assert len(set(tried.values())) > 2  # several cuts were tried
 

@@ -33,21 +33,33 @@ def train(
     folder: Path | None = None,
 ) -> float:
     """Train with the settings of P3's appendix C.1, scaled to MNIST; returns the test accuracy. Callbacks write to ``folder``."""
-    pl.seed_everything(seed, verbose=False)
-    net.train()  # Lightning leaves a network that was tested before in evaluation mode
     module = LitClassifier(
         net,
         num_classes=data.num_classes,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.6 * epochs)], gamma=0.1),
     )
+    fit(module, data, epochs, seed, callbacks, folder)
+    return test(net, data)
+
+
+def fit(
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    epochs: int,
+    seed: int,
+    callbacks: Sequence[pl.Callback] = (),
+    folder: Path | None = None,
+) -> None:
+    """Train on the CPU, in silence and without validation."""
+    pl.seed_everything(seed, verbose=False)
+    module.train()  # Lightning leaves a network that was tested before in evaluation mode
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0, callbacks=list(callbacks),
         default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    return test(net, data)
 
 
 @torch.no_grad()
@@ -85,8 +97,8 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], tuple[str, ...]]) -> dict[
     return groups
 
 
-def mean_and_spread(runs: Sequence[Run]) -> str:
-    """Mean accuracy of some runs and, of several, its standard deviation, in percent."""
-    accuracies = [100 * run["accuracy"] for run in runs]
-    spread = f" ({statistics.stdev(accuracies):.2f})" if len(runs) > 1 else ""
-    return f"{statistics.mean(accuracies):.2f}{spread} %"
+def mean_and_spread(runs: Sequence[Run], of: str = "accuracy") -> str:
+    """Mean of a fraction over some runs and, of several, its standard deviation, in percent."""
+    values = [100 * run[of] for run in runs]
+    spread = f" ({statistics.stdev(values):.2f})" if len(runs) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} %"

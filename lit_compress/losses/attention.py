@@ -24,7 +24,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
         Scalar, the mean over samples and positions. The documents weigh it by 1000 · 3 / number of taps.
 
     Raises:
-        ValueError: If the features are no maps of one batch.
+        ValueError: If the features are no maps of one batch, or one map is more than four times as oblong as the other: it then
+            has its channels last.
 
     Source: Zagoruyko and Komodakis, *Paying More Attention to Attention*, 2017; equation 4.2 of the thesis on efficient learning
     under a budget, and the code released with it.
@@ -40,8 +41,18 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
             f"Expected feature maps (N, C, *spatial) of one batch but got shapes {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Tap layers that give maps, before they are pooled or flattened."
         )
+    if _oblong(student) > 4 * _oblong(teacher) or _oblong(teacher) > 4 * _oblong(student):
+        raise ValueError(
+            f"Expected maps of one image but got {tuple(student.shape[2:])} and {tuple(teacher.shape[2:])} positions. "
+            "Layers of some networks, as of Swin and ConvNeXt, give their channels last: move them to dimension 1, in "
+            '`AttentionTransfer` by `student_channels="last"` or `teacher_channels="last"`.'
+        )
     student, teacher = student.square().mean(1, keepdim=True), teacher.square().mean(1, keepdim=True)
     if student.shape != teacher.shape:
         size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         student, teacher = (F.interpolate(maps, size, mode="area") for maps in (student, teacher))
     return F.mse_loss(F.normalize(student.flatten(1)), F.normalize(teacher.flatten(1)))
+
+
+def _oblong(maps: Tensor) -> float:
+    return max(maps.shape[2:]) / max(min(maps.shape[2:]), 1)

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Form: TypeAlias = Literal["thesis", "zagoruyko", "released", "paper"]
+_ALPHA: dict[Form, float] = {"thesis": 0.9, "zagoruyko": 0.9, "released": 0.9, "paper": 0.5}
 
 
 def knowledge_distillation(
     student: Tensor,
     teacher: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     temperature: float | None = None,
     alpha: float | None = None,
@@ -40,7 +41,8 @@ def knowledge_distillation(
     Args:
         student: Logits ``(N, K)``, or ``(N, K, *)`` with one prediction a position.
         teacher: Logits of the same shape.
-        labels: Classes ``(N,)`` or ``(N, *)`` int64. A position labelled -100 counts in the soft part alone.
+        labels: Classes ``(N,)`` or ``(N, *)`` int64. A position labelled -100 counts in the soft part alone. May be None where
+            alpha leaves them no weight.
         temperature: T. Above 1 it brings out the classes that the teacher nearly chose. None for the form's own.
         alpha: Share of the soft part, in [0, 1]; in the form ``"paper"`` the weight of the labels, 0 or more. None for the form's
             own.
@@ -50,7 +52,7 @@ def knowledge_distillation(
         Scalar, the mean over N and positions.
 
     Raises:
-        ValueError: If the logits differ in shape, or an argument is out of its range.
+        ValueError: If the logits differ in shape, an argument is out of its range, or labels are missing.
 
     Source: equation 4.1 of the thesis on efficient learning under a budget, and the code released with it; Zagoruyko and
     Komodakis, *Paying More Attention to Attention*, 2017; *In Teacher We Trust*, equations 2 to 4; all after Hinton et al.,
@@ -69,22 +71,33 @@ def knowledge_distillation(
     if temperature is None:
         temperature = 2.0 if form == "paper" else 4.0
     if alpha is None:
-        alpha = 0.5 if form == "paper" else 0.9
+        alpha = _ALPHA[form]
     if temperature <= 0:
         raise ValueError(f"Argument `temperature` must be positive but got {temperature}.")
     if alpha < 0 or (alpha > 1 and form != "paper"):
         raise ValueError(f"Argument `alpha` must {'be 0 or more' if form == 'paper' else 'lie in [0, 1]'} but got {alpha}.")
 
-    hard = F.cross_entropy(student, labels)
     if form == "paper":
-        return _soft_cross_entropy(student, teacher, temperature) + alpha * hard
-    if form == "thesis":
-        soft = 2 * _soft_cross_entropy(student, teacher, temperature)
+        soft = _soft_cross_entropy(student, teacher, temperature)
+    elif form == "thesis":
+        soft = alpha * temperature**2 * 2 * _soft_cross_entropy(student, teacher, temperature)
     elif form == "zagoruyko":
-        soft = _soft_divergence(student, teacher, temperature)
+        soft = alpha * temperature**2 * _soft_divergence(student, teacher, temperature)
     else:
-        soft = 2 * _soft_divergence(student, teacher, temperature) / student.shape[1]
-    return (1 - alpha) * hard + alpha * temperature**2 * soft
+        soft = alpha * temperature**2 * 2 * _soft_divergence(student, teacher, temperature) / student.shape[1]
+    weight = hard_weight(alpha, form)
+    if not weight:
+        return soft
+    if labels is None:
+        raise ValueError(f"With `alpha={alpha}`, the form {form!r} needs labels but got None.")
+    return weight * F.cross_entropy(student, labels) + soft
+
+
+def hard_weight(alpha: float | None, form: Form) -> float:
+    """Factor of the cross-entropy with the labels."""
+    if alpha is None:
+        alpha = _ALPHA[form]
+    return alpha if form == "paper" else 1 - alpha
 
 
 def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

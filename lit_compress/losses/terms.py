@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +13,11 @@ from typing_extensions import override
 
 from lit_compress.losses.attention import attention_transfer
 from lit_compress.losses.confidence import hint, mahalanobis
-from lit_compress.losses.knowledge import Form, knowledge_distillation
+from lit_compress.losses.knowledge import Form, hard_weight, knowledge_distillation
 from lit_compress.taps import OUTPUT, pairs_of
 from lit_compress.teacher import Teacher, covariance_of, mean_of
 
+Channels: TypeAlias = Literal["first", "last"]
 Readings: TypeAlias = Mapping[str, Tensor]
 """Name of a layer to what it gave for a batch; ``""`` is the network's output."""
 
@@ -35,6 +36,9 @@ class Term(nn.Module, ABC):
         weight: Factor of the term.
         name: Under which it is logged; by default its class in snake case.
 
+    Attributes:
+        reads_labels: Whether the term cannot do without labels, which a loss that is added to somebody else's does not know.
+
     Raises:
         ValueError: If the weight is negative.
 
@@ -47,6 +51,8 @@ class Term(nn.Module, ABC):
         >>> term.parts({"flatten": torch.eye(2)}, {"flatten": torch.eye(2)}, torch.tensor([0, 1]))
         {'overlap': tensor(0.)}
     """
+
+    reads_labels = False
 
     def __init__(
         self,
@@ -68,16 +74,16 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     @override
-    def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> Tensor | dict[str, Tensor]:
+    def forward(self, student: Readings, teacher: Readings, labels: Any) -> Tensor | dict[str, Tensor]:
         """The loss, a scalar before its weight, or a scalar for each of several parts that are added up.
 
         Args:
             student: What was read of the student.
             teacher: What was read of the teacher, without gradient.
-            labels: Of the batch, as the data give them.
+            labels: Of the batch, as the data give them; None from ``distill_from_unpruned``.
         """
 
-    def parts(self, student: Readings, teacher: Readings, labels: Tensor) -> dict[str, Tensor]:
+    def parts(self, student: Readings, teacher: Readings, labels: Tensor | None) -> dict[str, Tensor]:
         """What the term adds to the loss, weighted, by the names under which it is logged."""
         value = self(student, teacher, labels)
         if isinstance(value, Tensor):
@@ -96,6 +102,8 @@ class CrossEntropy(Term):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    reads_labels = True
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0, name: str | None = None) -> None:
         super().__init__(teacher_taps=(), weight=weight, name=name)
@@ -129,9 +137,10 @@ class KnowledgeDistillation(Term):
     ) -> None:
         super().__init__(weight=weight, name=name)
         self.temperature, self.alpha, self.form = temperature, alpha, form
+        self.reads_labels = hard_weight(alpha, form) != 0
 
     @override
-    def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> Tensor:
+    def forward(self, student: Readings, teacher: Readings, labels: Tensor | None) -> Tensor:
         return knowledge_distillation(
             student[OUTPUT], teacher[OUTPUT], labels, temperature=self.temperature, alpha=self.alpha, form=self.form
         )
@@ -147,9 +156,11 @@ class AttentionTransfer(Term):
         beta: Weight of three pairs. Each pair is weighed by ``beta · 3 / pairs``, which makes the documents' 750 of four taps and
             600 of five out of 1000: do not scale it once more.
         name: Under which it is logged, followed by the student's layer.
+        student_channels: ``"last"`` if the student's layers give ``(N, *spatial, C)``, as those of torchvision's Swin do.
+        teacher_channels: Likewise of the teacher.
 
     Raises:
-        ValueError: If no layer is named.
+        ValueError: If no layer is named, or channels are neither first nor last.
 
     Source: section 4.4 of the thesis on efficient learning under a budget.
 
@@ -158,16 +169,32 @@ class AttentionTransfer(Term):
         1500.0
     """
 
-    def __init__(self, taps: Mapping[str, str] | Sequence[str], beta: float = 1000.0, name: str | None = None) -> None:
+    def __init__(
+        self,
+        taps: Mapping[str, str] | Sequence[str],
+        beta: float = 1000.0,
+        name: str | None = None,
+        student_channels: Channels = "first",
+        teacher_channels: Channels = "first",
+    ) -> None:
         pairs = pairs_of(taps, "taps")
         if not pairs:
             raise ValueError("Argument `taps` must name at least one layer.")
+        for argument, place in [("student_channels", student_channels), ("teacher_channels", teacher_channels)]:
+            if place not in get_args(Channels):
+                raise ValueError(f"Argument `{argument}` must be 'first' or 'last' but got {place!r}.")
         super().__init__(tuple(pairs), tuple(pairs.values()), weight=beta * 3 / len(pairs), name=name)
         self.taps = pairs
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
 
     @override
-    def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> dict[str, Tensor]:
-        return {ours: attention_transfer(student[ours], teacher[theirs]) for ours, theirs in self.taps.items()}
+    def forward(self, student: Readings, teacher: Readings, labels: Any) -> dict[str, Tensor]:
+        return {
+            ours: attention_transfer(
+                _channels_first(student[ours], self.student_channels), _channels_first(teacher[theirs], self.teacher_channels)
+            )
+            for ours, theirs in self.taps.items()
+        }
 
 
 class Hint(Term):
@@ -236,6 +263,10 @@ class TeacherConfidence(Term):
         return mahalanobis(student[ours], teacher[mean_of(theirs)], teacher[covariance_of(theirs)], ridge=self.ridge)
 
 
+def _channels_first(maps: Tensor, channels: Channels) -> Tensor:
+    return maps if channels == "first" else maps.movedim(-1, 1)
+
+
 def student_taps(terms: Sequence[Term]) -> tuple[str, ...]:
     """Layers that the terms read of the student, each once."""
     return tuple(dict.fromkeys(tap for term in terms for tap in term.student_taps))
@@ -262,7 +293,7 @@ def teacher_for(network: nn.Module, terms: Sequence[Term]) -> Teacher:
     )
 
 
-def loss_parts(terms: Sequence[Term], student: Readings, teacher: Readings, labels: Tensor) -> dict[str, Tensor]:
+def loss_parts(terms: Sequence[Term], student: Readings, teacher: Readings, labels: Tensor | None) -> dict[str, Tensor]:
     """What each term adds to the loss, weighted, by name; the loss is their sum.
 
     Raises:
