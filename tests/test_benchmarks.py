@@ -24,7 +24,6 @@ BENCHMARKS = {
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem != "supported_networks"  # see test_zoo.py
 }
-NOT_YET_MEASURED = {"linear_layers"}
 PUBLISHED = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
@@ -60,9 +59,6 @@ def test_every_benchmark_fills_its_table(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_is_published_with_its_figures(name):
     """On the real sizes, with the question, the target and the command that the benchmark has today."""
-    if name in NOT_YET_MEASURED:
-        assert name not in PUBLISHED, f"{name} is published now: take it out of NOT_YET_MEASURED."
-        pytest.skip(f"{name} is yet to be measured on a quiet machine")
     found = re.search(
         rf"<!-- {name}: written by the benchmark -->\n(.*?)\n<!-- {name}: end -->\n\n(.*)", PUBLISHED, flags=re.DOTALL
     )

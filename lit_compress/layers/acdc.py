@@ -17,7 +17,7 @@ from lit_compress.layers.structured import Path, Pointwise, StructuredLinear
 
 # Up to this width, evaluation multiplies by the cosines, which exports as what it is.
 _COSINES_UP_TO = 256
-_AT_ONCE = 2**17  # numbers that go through all factors at once
+_AT_ONCE = 2**16  # numbers that go through all factors at once
 
 
 class ACDCLinear(StructuredLinear):
@@ -105,8 +105,8 @@ class ACDCLinear(StructuredLinear):
         if self.in_features < self.out_features or not self._recomputes():
             return self.apply_factors(torch.eye(self.in_features, device=self.a.device, dtype=self.a.dtype)).T
         # Rows that are summed after all factors may as well be summed before them.
-        sums = torch.eye(self.out_features, device=self.a.device, dtype=self.a.dtype)
-        return self._after(sums.repeat_interleave(self.width // self.out_features, dim=1))[:, : self.in_features]
+        matrix: Tensor = _Filtered.apply(self.out_features, self.a, self.d, self.riffle)
+        return matrix[:, : self.in_features]
 
     @override
     def apply_factors(self, x: Tensor) -> Tensor:
@@ -125,15 +125,12 @@ class ACDCLinear(StructuredLinear):
 
     @override
     def _fewer_rows(self, x: Tensor) -> bool:
-        return not self.legacy and x.numel() // self.in_features <= min(self.in_features, self.out_features)
+        if self.legacy or torch.is_autocast_enabled(x.device.type):  # of which a dense product alone gains
+            return False
+        return x.numel() // self.in_features <= min(self.in_features, self.out_features)
 
     def _recomputes(self) -> bool:
         return torch.is_grad_enabled() and not self.legacy
-
-    def _after(self, rows: Tensor) -> Tensor:
-        """``rows (R, width)`` times the square product."""
-        out: Tensor = _Filtered.apply(rows, self.a, self.d, self.riffle)
-        return out
 
     def _before(self, rows: Tensor) -> Tensor:
         """``rows (R, width)`` times the transpose of the square product: the factors backwards, each its own transpose backwards."""
@@ -166,11 +163,16 @@ class ACDCLinear(StructuredLinear):
 
 
 class _Filtered(torch.autograd.Function):
-    """Rows that are scaled, filtered and reordered, again and again. Keeps what it is given alone."""
+    """Rows that are scaled, filtered and reordered, again and again. Keeps what it is given alone.
+
+    A number in place of rows stands for as many that sum consecutive groups: the identity, where they are as many as the width.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, a: Tensor, d: Tensor, reorder: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, a, d, reorder)
+    def forward(ctx: Any, given: Tensor | int, a: Tensor, d: Tensor, reorder: Tensor) -> Tensor:
+        ctx.given = given if isinstance(given, int) else None
+        ctx.save_for_backward(a, d, reorder, *([] if isinstance(given, int) else [given]))
+        rows = _sums(given, a) if isinstance(given, int) else given
         filters = CosineFilters(rows)
         scales, a, between = filters.scales(d), a[:, filters.order], filters.back[reorder[filters.order]]
         out = torch.empty_like(rows)
@@ -184,8 +186,9 @@ class _Filtered(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        rows, a, d, reorder = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        a, d, reorder, *given = ctx.saved_tensors
+        rows = given[0] if given else _sums(ctx.given, a)
         filters = CosineFilters(rows)
         scales, a, between = filters.scales(d), a[:, filters.order], filters.back[reorder[filters.order]]
         back = between.argsort()
@@ -204,7 +207,12 @@ class _Filtered(torch.autograd.Function):
                 grad_a[factor] += (above * befores.pop()).sum(0)
                 above.mul_(a[factor])
             torch.index_select(above, 1, filters.back, out=result)
-        return grad_rows, grad_a[:, filters.back], grad_d, None
+        return grad_rows if given else None, grad_a[:, filters.back], grad_d, None
+
+
+def _sums(count: int, like: Tensor) -> Tensor:
+    """Rows ``(count, width)``, of which each sums a group of consecutive numbers."""
+    return torch.eye(count, device=like.device, dtype=like.dtype).repeat_interleave(like.shape[1] // count, dim=1)
 
 
 def _pieces(*all_rows: Tensor) -> list[tuple[Tensor, ...]]:
