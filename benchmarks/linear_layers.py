@@ -1,4 +1,4 @@
-"""What a training step and a forward of each compressed linear layer take, beside the dense layer that it stands for, and peers."""
+"""What a training step and a forward of each compressed linear layer take, beside the dense layer and other people's layers."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def measure(quick: bool, rounds: int | None) -> Section:
             verdicts.append(f"{subject.title}, {sentence}")
     return Section(
         question="What does a compressed linear layer cost in time and memory?",
-        target="a training step at most 1.3× the dense layer's at batch 4096, inference never slower beyond the spread, faster than "
-        "every peer; memory of a step at most the dense layer's and 10 % more. Ratios are of CPU seconds.",
+        target="a training step at most 1.3× the dense layer's at batch 4096, inference never slower beyond the spread, faster "
+        "than every peer; memory of a step at most the dense layer's and 10 % more. Ratios are of CPU seconds.",
         tables=tables,
         verdicts=verdicts,
         settings={"threads": 1, "dtype": "float32", "parameters": f"about 1/{SHARE} of the dense layer's", **versions()},

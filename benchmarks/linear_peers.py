@@ -1,4 +1,4 @@
-"""Other people's compressed linear layers, and ACDC as its released code has it: one cosine transform of ``torch_dct`` after the other."""
+"""Other people's compressed linear layers, and ACDC of plain cosine transforms, those of ``torch_dct``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def linear_peers(width: int, share: float, train: TensorTrainLinear, tucker: Tuc
     Args:
         width: Numbers in and out, a power of two of at least 16.
         share: Of the dense parameters, for what takes a share.
-        train, tucker, acdc: Ours, of whose ranks and factors theirs are.
+        train: Ours, of whose dimensions and ranks tntorch's is.
+        tucker: Likewise.
+        acdc: Ours, of whose factors theirs has as many.
     """
     three = _thirds(width)
     peers: dict[str, Callable[[Any], nn.Module]] = {

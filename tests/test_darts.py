@@ -136,7 +136,9 @@ def test_a_drop_path_schedule_without_branches_or_epochs_is_refused(tmp_path):
         Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[DropPathSchedule()], **QUIET).fit(plain, LOADER)
     module = LitClassifier(DARTS(channels=2, layers=3), num_classes=10)
     with pytest.raises(MisconfigurationException, match="give the Trainer `max_epochs`"):
-        Trainer(max_epochs=-1, max_steps=1, default_root_dir=tmp_path, callbacks=[DropPathSchedule()], **QUIET).fit(module, LOADER)
+        Trainer(max_epochs=-1, max_steps=1, default_root_dir=tmp_path, callbacks=[DropPathSchedule()], **QUIET).fit(
+            module, LOADER
+        )
 
 
 def test_the_classifier_adds_the_auxiliary_heads_loss_in_training_alone():

@@ -2,8 +2,8 @@
 
     python -m benchmarks.experiments.compressed_training --data DIR --out docs/images/compressed_training
 
-The teacher is the same network with ordinary convolutions, trained on the same images. Writes OUT.json after every run (and goes on
-from it), OUT.png with the differences that figures 5.13 and 5.16 of the thesis show, and tables on the standard output.
+The teacher is the same network with ordinary convolutions, trained on the same images. Writes OUT.json after every run (and goes
+on from it), OUT.png with the differences that figures 5.13 and 5.16 of the thesis show, and tables on the standard output.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def compressed(kind: Kind, budget: int) -> nn.Module:
 
 
 class Settings:
-    """How every network is trained: SGD with momentum .9, learning rate .1 × .2 after 30, 60 and 80 % of the epochs, as in the thesis.
+    """How every network is trained: SGD with momentum .9 and a learning rate of .1, × .2 after 30, 60 and 80 % of the steps.
 
     Args:
         data: Images to train on.
@@ -127,7 +127,9 @@ def table(runs: list[Run]) -> str:
         arms = grouped(of_kind, lambda run: (run["arm"],))
         cells = [mean_and_spread(arms[arm,]) if (arm,) in arms else "" for arm in ARMS]
         for name in ("CRS", "AT"):
-            added = [points for (k, b, _), values in differences(runs, name).items() if (k, b) == (kind, budget) for points in values]
+            added = [
+                points for (k, b, _), values in differences(runs, name).items() if (k, b) == (kind, budget) for points in values
+            ]
             cells.append(f"{statistics.mean(added):+.2f} ({min(added):+.2f} to {max(added):+.2f})" if added else "")
         size = round(statistics.mean(run["parameters"] for run in of_kind))
         lines.append(f"| {kind} | {size:,} | {' | '.join(cells)} | {len(of_kind)} |")

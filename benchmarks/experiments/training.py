@@ -81,7 +81,7 @@ class Finished:
 
     def holds(self, **key: Any) -> bool:
         """Whether a run with these entries is among them."""
-        return any(all(run[name] == value for name, value in key.items()) for run in self.runs)
+        return any(all(run.get(name) == value for name, value in key.items()) for run in self.runs)
 
     def add(self, runs: Iterable[Run]) -> None:
         """Keep further runs, from now on and on disk."""

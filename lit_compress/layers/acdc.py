@@ -28,9 +28,9 @@ class ACDCLinear(StructuredLinear):
     The product itself is square. A wider output reads the input over and over; a narrower one sums consecutive groups of
     outputs, after zeros have been added to the input until it divides.
 
-    In training the factors are applied to the inputs, or, where these are more than the matrix has rows or columns, to the identity,
-    which gives the matrix. For the backward pass all of it is computed again, a few rows at a time: what is kept meanwhile are the
-    rows that came in and the diagonals. First derivatives only.
+    In training the factors are applied to the inputs, or, where these are more than the matrix has rows or columns, to the
+    identity, which gives the matrix. For the backward pass all of it is computed again, a few rows at a time: what is kept
+    meanwhile are the rows that came in and the diagonals. First derivatives only.
 
     Args:
         in_features: Numbers that come in.
@@ -133,7 +133,7 @@ class ACDCLinear(StructuredLinear):
         return torch.is_grad_enabled() and not self.legacy
 
     def _before(self, rows: Tensor) -> Tensor:
-        """``rows (R, width)`` times the transpose of the square product: the factors backwards, each its own transpose backwards."""
+        """``rows (R, width)`` times the transpose of the square product: the factors backwards, each of them backwards."""
         a = torch.cat((torch.ones_like(self.a[:1]), self.a[1:].flip(0).index_select(1, self.interleave)))
         out: Tensor = _Filtered.apply(rows.index_select(1, self.interleave), a, self.d.flip(0), self.interleave)
         return out.index_select(1, self.riffle) * self.a[0]

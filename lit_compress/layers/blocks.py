@@ -207,8 +207,8 @@ def conv_block(
         in_channels: Channels that come in.
         out_channels: Channels that go out.
         stride: Step in pixels, of the first k × k convolution.
-        dilation: Of the k × k convolutions, or of the first and of the second, of which a bottleneck has the second alone; those of
-            ``S-2x2`` are dilated by twice as much.
+        dilation: Of the k × k convolutions, or of the first and of the second, of which a bottleneck has the second alone; those
+            of ``S-2x2`` are dilated by twice as much.
         activation: ``"pre"`` puts batch norm and ReLU before every convolution. ``"post"`` puts them after each, without the last
             ReLU, which follows the sum with the skip.
 

@@ -176,9 +176,7 @@ class ERFNet(nn.Module):
         torch.Size([1, 11, 30, 40])
     """
 
-    def __init__(
-        self, num_classes: int = 20, in_channels: int = 3, width: float = 1.0, block: str = "factorized"
-    ) -> None:
+    def __init__(self, num_classes: int = 20, in_channels: int = 3, width: float = 1.0, block: str = "factorized") -> None:
         super().__init__()
         residual = FactorizedBlock if block == "factorized" else partial(CheapBlock, block)
         narrow, middle, wide = (round(channels * width) for channels in (16, 64, 128))
