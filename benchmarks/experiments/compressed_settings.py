@@ -96,16 +96,17 @@ def picture(runs: list[Run]) -> Figure:
         for dims in DIMENSIONS:
             here = [run for run in runs if run["part"] == "grid" and run["kind"] == kind and run["dims"] == dims]
             axes.plot([100 * run["size"] for run in here], [100 * (1 - run["accuracy"]) for run in here], "o", label=f"{dims}")
-        axes.set(title=kind, xscale="log", yscale="log", xlabel="% of parameters", ylabel="test error, %")
+        axes.set(title=kind, xlabel="% of parameters", ylabel="test error, %")
         axes.legend(title="dimensions", fontsize="small")
     for permutation, mark in zip(PERMUTATIONS, "ox", strict=True):
         here = [run for run in runs if run["part"] == "regression" and run["kind"] == permutation]
         panels[2].plot([run["factors"] for run in here], [run["error"] for run in here], mark, label=permutation)
-    panels[2].set(title="ACDC on its regression", xscale="log", yscale="log", xlabel="factors", ylabel="mean squared error")
-    panels[2].set_xticks(FACTORS, [str(factors) for factors in FACTORS])
+    panels[2].set(title="ACDC on its regression", xlabel="factors", ylabel="mean squared error")
     panels[2].legend(fontsize="small")
     for axes in panels:
         axes.grid(alpha=0.3)
+        if any(len(line.get_xdata()) for line in axes.get_lines()):
+            axes.set(xscale="log", yscale="log")
     return figure
 
 
