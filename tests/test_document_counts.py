@@ -180,6 +180,7 @@ def test_wrn_28_10_at_the_documents_settings(kind):
         assert round(count_parameters(network) / 1e3) == thousands
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", DARTS_20)
 def test_darts_at_the_documents_settings(kind):
     for setting, thousands in DARTS_20[kind].items():
