@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with MNIST; $LIT_COMPRESS_DATA or ./data by default")
     parser.add_argument("--parts", nargs="+", default=["regression", "grid"], choices=["regression", "grid"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train_size", type=int, default=2_000)
     parser.add_argument("--steps", type=int, default=1_000, help="of the regression")
     parser.add_argument("--out", type=Path, default=Path("compressed_settings"))
