@@ -1,12 +1,16 @@
-"""What a training step and a forward of each compressed linear layer take, beside the dense layer that it stands for."""
+"""What a training step and a forward of each compressed linear layer take, beside the dense layer and other people's layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.linear_peers import linear_peers, pointwise_peers, versions
 from benchmarks.page import Section, main
 from benchmarks.timing import Candidate, Comparison, interleaved, ratio_text, threads
 from lit_compress.layers import (
@@ -26,46 +30,72 @@ from lit_compress.layers import (
 )
 
 SHARE = 8  # of the dense parameters, one in so many is kept, as far as the kind allows
-ONE_BY_ONE = "acdc, 12 factors one after the other"
+# Kinds that have a peer of the same form, and how the peers' names begin or end.
+PEERS = {"tensor_train": "tensor train", "tucker": "Tucker", "acdc": "ACDC"}
+TRAINING, INFERENCE = "a training step", "inference"
 
 
 def measure(quick: bool, rounds: int | None) -> Section:
     """Three subjects, each in training and in inference."""
-    width, batches, channels, side = (16, (4, 8), 8, 4) if quick else (1024, (256, 4096), 256, 32)
-    rounds = rounds or (2 if quick else 11)
-    subjects: dict[str, tuple[nn.Module, dict[str, StructuredLinear], Tensor]] = {
-        f"{width} to {width}, batch {batch}": (nn.Linear(width, width), linear_layers(width), torch.randn(batch, width))
-        for batch in batches
-    }
+    width, batches, channels, side = (16, (4, 8), 16, 4) if quick else (1024, (256, 4096), 256, 32)
+    rounds = rounds or (2 if quick else 5)
+    ours, pointwise = linear_layers(width), pointwise_layers(channels)
+    theirs = linear_peers(width, 1 / SHARE, ours["tensor_train"], ours["tucker"], ours["acdc"])  # type: ignore[arg-type]
+    their_pointwise = pointwise_peers(
+        channels, 1 / SHARE, pointwise["tensor_train"], pointwise["tucker"], pointwise["acdc"]  # type: ignore[arg-type]
+    )  # fmt: skip
     images = torch.randn(4 if quick else 16, channels, side, side)
-    pointwise = f"pointwise, {channels} channels of {side}×{side}, batch {len(images)}"
-    subjects[pointwise] = (nn.Conv2d(channels, channels, 1), pointwise_layers(channels), images)
+    subjects = [
+        Subject(f"{width} to {width}, batch {batch}", nn.Linear(width, width), ours, theirs, torch.randn(batch, width))
+        for batch in batches
+    ]
+    title = f"pointwise, {channels} channels of {side}×{side}, batch {len(images)}"
+    subjects.append(Subject(title, nn.Conv2d(channels, channels, 1), pointwise, their_pointwise, images))
     tables, verdicts = {}, []
     with threads(1):
-        for subject, (dense, layers, x) in subjects.items():
-            for task, task_run, goal in (("a training step", train, 1.3), ("inference", infer, None)):
-                compared = compare(dense, layers, x, task_run, rounds)
-                tables[f"{subject}: {task}"] = compared.table()
-                verdicts.append(f"{subject}, {task}: {verdict(compared, list(layers), goal)}")
+        for subject in subjects:
+            for task, run, goal in ((TRAINING, train, 1.3), (INFERENCE, infer, None)):
+                compared = compare(subject, run, rounds)
+                tables[f"{subject.title}: {task}"] = compared.table()
+                verdicts.append(f"{subject.title}, {task}: {verdict(compared, list(subject.ours), goal)}")
+                verdicts.append(f"{subject.title}, {task}: {against_peers(compared, subject)}")
+            table, sentence = memory(subject)
+            tables[f"{subject.title}: parameters, and memory that a training step allocates"] = table
+            verdicts.append(f"{subject.title}, {sentence}")
     return Section(
-        question="What does a compressed linear layer cost in time?",
-        target="a training step at most 1.3× the dense layer's at batch 4096; inference never slower beyond the spread.",
+        question="What does a compressed linear layer cost in time and memory?",
+        target="a training step at most 1.3× the dense layer's at batch 4096, inference never slower beyond the spread, faster "
+        "than every peer; memory of a step at most the dense layer's and 10 % more. Ratios are of CPU seconds.",
         tables=tables,
         verdicts=verdicts,
-        settings={"threads": 1, "dtype": "float32", "parameters": f"about 1/{SHARE} of the dense layer's"},
+        settings={"threads": 1, "dtype": "float32", "parameters": f"about 1/{SHARE} of the dense layer's", **versions()},
     )
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A dense layer, what stands for it, and an input; peers are None where they are not installed."""
+
+    title: str
+    dense: nn.Module
+    ours: dict[str, StructuredLinear]
+    theirs: dict[str, nn.Module | None]
+    x: Tensor
+
+    def modules(self) -> dict[str, nn.Module]:
+        """All that is there."""
+        return {"dense": self.dense, **self.ours, **{name: module for name, module in self.theirs.items() if module is not None}}
+
+
 def linear_layers(width: int) -> dict[str, StructuredLinear]:
-    """Every kind at about the same size; ACDC at the twelve factors of its source, and once more without computing the matrix."""
+    """Every kind at about the same size; ACDC at the twelve factors of its source."""
     return {
         "rank_factorized": RankFactorizedLinear(width, width, rank=width // (2 * SHARE)),
         "hashed": HashedLinear(width, width, weights=width**2 // SHARE, seed=0),
         "tensor_train": TensorTrainLinear(width, width, rank_scale=0.4),
         "tucker": TuckerLinear(width, width, rank_scale=0.4),
         "shuffle": ShuffleLinear(width, width, groups=4),
-        "acdc, 12 factors": ACDCLinear(width, width, layers=12),
-        ONE_BY_ONE: ACDCLinear(width, width, layers=12, path="factorized"),
+        "acdc": ACDCLinear(width, width, layers=12),
     }
 
 
@@ -77,8 +107,7 @@ def pointwise_layers(channels: int) -> dict[str, StructuredLinear]:
         "tensor_train": TensorTrainConv1x1(channels, channels, rank_scale=0.4),
         "tucker": TuckerConv1x1(channels, channels, rank_scale=0.4),
         "shuffle": ShuffleConv1x1(channels, channels, groups=4 if channels >= 16 else 1),
-        "acdc, 12 factors": ACDCConv1x1(channels, channels, layers=12),
-        ONE_BY_ONE: ACDCConv1x1(channels, channels, layers=12, path="factorized"),
+        "acdc": ACDCConv1x1(channels, channels, layers=12),
     }
 
 
@@ -94,31 +123,61 @@ def infer(layer: nn.Module, x: Tensor) -> None:
         layer(x)
 
 
-def compare(
-    dense: nn.Module,
-    layers: dict[str, StructuredLinear],
-    x: Tensor,
-    run: Callable[[nn.Module, Tensor], None],
-    rounds: int,
-) -> Comparison:
+def compare(subject: Subject, run: Callable[[nn.Module, Tensor], None], rounds: int) -> Comparison:
     """All layers in turns on one input."""
-    for layer in (dense, *layers.values()):
-        layer.train(run is train)
+    for module in subject.modules().values():
+        module.train(run is train)
 
-    def candidate(name: str, layer: nn.Module) -> Candidate:
-        return Candidate(name, lambda _: run(layer, x))
+    def candidate(name: str, module: nn.Module | None) -> Candidate:
+        if module is None:
+            return Candidate(name, lambda _: None, missing="not installed")
+        return Candidate(name, lambda _: run(module, subject.x))
 
-    return interleaved(candidate("dense", dense), [candidate(name, layer) for name, layer in layers.items()], rounds=rounds)
+    candidates = [candidate(name, module) for name, module in {**subject.ours, **subject.theirs}.items()]
+    return interleaved(candidate("dense", subject.dense), candidates, rounds=rounds)
 
 
 def verdict(compared: Comparison, names: list[str], goal: float | None) -> str:
     """Which kinds meet the goal, with the ratio of each that does not."""
-    kinds = [name for name in names if name != ONE_BY_ONE]
-    ratios = {name: compared[name].ratio(compared.baseline) for name in kinds}
-    limit = compared.spread()[1] if goal is None else goal
+    ratios = {name: compared[name].ratio(compared.baseline, cpu=True) for name in names}
+    limit = compared.spread(cpu=True)[1] if goal is None else goal
     slower = [f"{name} {ratio_text(ratio)}×" for name, ratio in ratios.items() if ratio.median > limit]
-    met = f"{len(kinds) - len(slower)} of {len(kinds)} kinds take at most {limit:.2f}× the dense layer"
+    met = f"{len(names) - len(slower)} of {len(names)} kinds take at most {limit:.2f}× the dense layer"
     return f"{met}; not {', '.join(slower)}" if slower else met
+
+
+def against_peers(compared: Comparison, subject: Subject) -> str:
+    """Which kinds are at least as fast as every peer of their form."""
+    parts = []
+    for kind, form in PEERS.items():
+        for peer, module in subject.theirs.items():
+            if module is not None and form in peer:
+                parts.append(f"{kind} takes {ratio_text(compared[kind].ratio(compared[peer], cpu=True))}× {peer}")
+    return "; ".join(parts) or "no peer is installed"
+
+
+def memory(subject: Subject) -> tuple[str, str]:
+    """Table of parameters and of the most bytes that a training step holds at once, and which kinds take 10 % more than dense."""
+    lines = ["| what | parameters | at once, MiB | × dense |", "|---|---:|---:|---:|"]
+    peaks: dict[str, float] = {}
+    for name, module in subject.modules().items():
+        module.train()
+        train(module, subject.x)  # gradients of parameters are there from now on
+        peaks[name] = allocated(lambda module=module: train(module, subject.x))  # type: ignore[misc]
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        lines.append(f"| {name} | {parameters} | {peaks[name]:.3g} | {peaks[name] / peaks['dense']:.2f} |")
+    more = [f"{name} {peaks[name] / peaks['dense']:.2f}×" for name in subject.ours if peaks[name] > 1.1 * peaks["dense"]]
+    met = f"memory of a step: {len(subject.ours) - len(more)} of {len(subject.ours)} kinds take at most 1.10× the dense layer's"
+    return "\n".join(lines), f"{met}; not {', '.join(more)}" if more else met
+
+
+def allocated(run: Callable[[], None]) -> float:
+    """The most MiB that a run holds at once, beyond what was held before, as PyTorch's allocator reports them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(change for _, change in changes), default=0) / 2**20
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from lit_compress.callbacks.apply_recipe import ApplyRecipe
 from lit_compress.callbacks.budget_curve import BudgetCurve
 from lit_compress.callbacks.budget_monitor import BudgetMonitor
 from lit_compress.callbacks.crs import CRSWeightDecay
+from lit_compress.callbacks.drop_path import DropPathSchedule
 from lit_compress.callbacks.monitor import CompressionMonitor
 from lit_compress.callbacks.pfa import PFAPruning
 from lit_compress.callbacks.pib import PIBPruning
@@ -19,6 +20,7 @@ __all__ = [
     "BudgetMonitor",
     "CRSWeightDecay",
     "CompressionMonitor",
+    "DropPathSchedule",
     "MagnitudePruning",
     "PFAPruning",
     "PIBPruning",

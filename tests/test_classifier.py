@@ -55,6 +55,7 @@ def test_trains_the_digits_without_any_setting(tmp_path):
         "label_smoothing": 0.0,
         "scheduler_interval": "epoch",
         "companions": None,
+        "auxiliary_weight": 0.4,
         "input_dropout": 0.0,
     }
     loaded = LitClassifier.load_from_checkpoint(checkpoint, net=LeNet300100(in_features=64)).eval()

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Callback, Trainer
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lit_compress import count_parameters
-from lit_compress.models import DARTS, DARTSOutput, DropPath
+from lit_compress.callbacks import DropPathSchedule
+from lit_compress.models import DARTS, DARTSOutput, DropPath, LeNet300100
+from lit_compress.modules import LitClassifier
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -77,3 +83,77 @@ def test_drop_path_is_set_for_all_branches_but_the_identities():
         network.set_drop_path(1)
     with pytest.raises(ValueError, match="at least 3"):
         DARTS(layers=2)
+
+
+# --- in a Trainer ----------------------------------------------------------------------------------------------------------
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+LOADER = DataLoader(TensorDataset(IMAGES, torch.tensor([1, 2])), batch_size=2)
+
+
+class StopAfter(Callback):
+    """Ends the training after an epoch."""
+
+    def __init__(self, last):
+        self.last = last
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch >= self.last
+
+
+class Probabilities(Callback):
+    """What the branches' probability is in each batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        (probability,) = {m.probability for m in pl_module.modules() if isinstance(m, DropPath)}
+        self.seen.append(probability)
+
+
+def test_drop_path_grows_linearly_over_the_epochs_and_goes_on_after_a_resume(tmp_path):
+    def fit(last, **options):
+        module, seen = LitClassifier(DARTS(channels=2, layers=3, auxiliary=True), num_classes=10), Probabilities()
+        callbacks = [DropPathSchedule(0.2), seen, StopAfter(last)]
+        trainer = Trainer(max_epochs=4, default_root_dir=tmp_path, callbacks=callbacks, **QUIET)
+        trainer.fit(module, LOADER, **options)
+        return trainer, seen.seen
+
+    trainer, seen = fit(last=1)
+    assert seen == pytest.approx([0, 0.05])
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    trainer, seen = fit(last=3, ckpt_path=tmp_path / "stopped.ckpt")
+    assert seen == pytest.approx([0.1, 0.15])
+    assert trainer.callback_metrics["train/drop_path"] == pytest.approx(0.15)
+
+
+def test_a_drop_path_schedule_without_branches_or_epochs_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"\[0, 1\) but got 1"):
+        DropPathSchedule(1)
+    plain = LitClassifier(LeNet300100(in_features=3 * 32 * 32), num_classes=10)
+    with pytest.raises(MisconfigurationException, match="has no DropPath"):
+        Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[DropPathSchedule()], **QUIET).fit(plain, LOADER)
+    module = LitClassifier(DARTS(channels=2, layers=3), num_classes=10)
+    with pytest.raises(MisconfigurationException, match="give the Trainer `max_epochs`"):
+        Trainer(max_epochs=-1, max_steps=1, default_root_dir=tmp_path, callbacks=[DropPathSchedule()], **QUIET).fit(
+            module, LOADER
+        )
+
+
+def test_the_classifier_adds_the_auxiliary_heads_loss_in_training_alone():
+    module = LitClassifier(DARTS(channels=2, layers=3, auxiliary=True), num_classes=10, auxiliary_weight=0.4)
+    labels = torch.tensor([1, 2])
+    logged = {}
+    module.log = lambda name, value, **options: logged.update({name: value})
+    loss = module.training_step((IMAGES, labels), 0)
+    out = module.net(IMAGES)  # batch norm in training goes by the batch alone
+    ours, theirs = F.cross_entropy(out.logits, labels), F.cross_entropy(out.auxiliary, labels)
+    torch.testing.assert_close(loss, ours + 0.4 * theirs)
+    torch.testing.assert_close(logged["train/loss"], ours)
+    torch.testing.assert_close(logged["train/auxiliary_loss"], theirs)
+    module.eval()
+    torch.testing.assert_close(module.validation_step((IMAGES, labels), 0), F.cross_entropy(module.net(IMAGES), labels))
+    assert "val/auxiliary_loss" not in logged
+    with pytest.raises(ValueError, match="`auxiliary_weight` must be 0 or more but got -1"):
+        LitClassifier(module.net, num_classes=10, auxiliary_weight=-1)

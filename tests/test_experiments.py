@@ -92,3 +92,34 @@ def test_self_distillation_runs_on_mnist(data_dir, root, tmp_path):
         assert (alone["size"], alone["cut"]) == (taught["size"], taught["cut"])
         assert alone["size"] <= alone["kept"]
     assert [run["arm"] for run in runs] == ["labels alone", "labels and the unpruned network"] * 3
+
+
+@pytest.mark.long
+def test_compressed_layers_are_trained_in_all_arms_and_a_run_goes_on(data_dir, root, tmp_path):
+    arguments = ["--kinds", "hashed", "acdc", "--budgets", "7750", "--seeds", "0", "--epochs", "1", "--teacher_epochs", "1"]
+    arguments += ["--train_size", "200", "--data", str(data_dir("MNIST")), "--out", str(tmp_path / "c")]
+    shown = run(root, "compressed_training", arguments)
+    runs = json.loads((tmp_path / "c.json").read_text())
+    arms = ["plain", "CRS", "AT", "CRS, AT"]
+    assert [(one["kind"], one["arm"]) for one in runs[2:]] == [(kind, arm) for kind in ("hashed", "acdc") for arm in arms]
+    assert all(one["parameters"] <= 7750 for one in runs[2:])
+    assert "| hashed | 7,7" in shown
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+    (tmp_path / "c.json").write_text(json.dumps(runs[:-1]))  # stopped before the last
+    shown = run(root, "compressed_training", arguments)
+    assert [line.partition(", seed")[0] for line in shown.splitlines() if ", seed" in line] == [
+        "{'kind': 'acdc', 'budget': 7750, 'arm': 'CRS, AT'}"
+    ]
+    assert len(json.loads((tmp_path / "c.json").read_text())) == len(runs)
+
+
+@pytest.mark.long
+def test_dimensions_and_permutations_are_compared(data_dir, root, tmp_path):
+    arguments = ["--seeds", "0", "--epochs", "1", "--train_size", "100", "--steps", "2"]
+    shown = run(root, "compressed_settings", [*arguments, "--data", str(data_dir("MNIST")), "--out", str(tmp_path / "s")])
+    runs = json.loads((tmp_path / "s.json").read_text())
+    assert sorted({one["dims"] for one in runs if one["part"] == "grid"}) == [2, 3, 4, 5]
+    assert {one["kind"] for one in runs if one["part"] == "regression"} == {"riffle", "random"}
+    assert "| tucker | 5 |" in shown
+    assert (tmp_path / "s.png").stat().st_size > 1000

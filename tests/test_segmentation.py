@@ -253,6 +253,28 @@ def test_erfnets_layers_are_those_of_the_papers_table():
     assert dilations == [2, 4, 8, 16, 2, 4, 8, 16]
 
 
+def test_cheap_blocks_in_erfnet_keep_its_dilations():
+    """The second grouped convolution of a block is dilated, as the second pair is; a bottleneck has one."""
+    for block, expected in {"G(N)": [[1, 1], [1, 2], [1, 16]], "BG(2,M)": [[1], [2], [16]]}.items():
+        network = ERFNet(num_classes=5, width=0.25, block=block).eval()
+        layers = [network.get_submodule(f"layer{number}") for number in (3, 9, 12)]
+        grouped = [[m.dilation[0] for m in layer.modules() if isinstance(m, nn.Conv2d) and m.groups > 1] for layer in layers]
+        assert grouped == expected
+        assert {m.eps for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
+        assert network(torch.zeros(1, 3, 30, 40)).shape == (1, 5, 30, 40)
+    block = ERFNet(width=0.25, block="G(N)").eval().layer9
+    maps = torch.randn(1, 32, 12, 12)
+    by_hand = maps
+    for place, dilation in (("1", 1), ("2", 2)):
+        convolution, norm = block.branch.get_submodule(f"conv{place}"), block.branch.get_submodule(f"norm{place}")
+        by_hand = F.conv2d(by_hand, convolution.grouped.weight, padding=dilation, dilation=dilation, groups=32)
+        by_hand = norm(F.conv2d(F.relu(convolution.norm(by_hand)), convolution.pointwise.weight))
+        by_hand = F.relu(by_hand if place == "1" else by_hand + maps)
+    torch.testing.assert_close(block(maps), by_hand)
+    with pytest.raises(ValueError, match="A block is written as"):
+        ERFNet(block="Q")
+
+
 def test_erfnet_takes_any_size_and_width():
     thin = ERFNet(num_classes=5, width=0.25).eval()
     images = torch.randn(2, 3, 29, 43)

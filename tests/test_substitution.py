@@ -6,11 +6,15 @@ import pytest
 import torch
 import torchvision
 from networks import Net, conv
+from pytorch_lightning import Trainer, seed_everything
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.data import DataLoader, TensorDataset
 
-from lit_compress import count_mult_adds, count_parameters, substitute_blocks, substitute_linear, substitutions_of
+from lit_compress import count_mult_adds, count_parameters, load_pruned, substitute_blocks, substitute_linear, substitutions_of
+from lit_compress.callbacks import CRSWeightDecay, PFAPruning
+from lit_compress.export import export
 from lit_compress.layers import (
     GroupedPointwise,
     HashedLinear,
@@ -22,7 +26,9 @@ from lit_compress.layers import (
     TensorTrainConv1x1,
 )
 from lit_compress.layers.linear_substitution import _KINDS
+from lit_compress.losses import AttentionTransfer, CrossEntropy
 from lit_compress.models import PreActBlock, WideResNet
+from lit_compress.modules import LitDistiller
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SETTINGS = {"rank_factorized": 0.2, "acdc": 3, "hashed": 0.2, "tensor_train": 0.3, "tucker": 0.3, "shuffle": 2}
@@ -313,6 +319,46 @@ def test_a_substituted_network_is_saved_and_loaded(kind, tmp_path):
         assert torch.equal(other(IMAGES), network(IMAGES))
         assert torch.equal(copy.deepcopy(network)(IMAGES), network(IMAGES))
     assert substitutions_of(copy.deepcopy(network)) == substitutions_of(network)
+
+
+@every_kind
+def test_a_substituted_student_is_distilled_pruned_resumed_and_exported(kind, tmp_path):
+    """All in one run, with weight decay scaled: a stopped run ends as one that never stopped, and its file builds the network."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(64, 3, 8, 8, generator=generator), torch.randint(10, (64,), generator=generator)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=16)
+
+    def student():
+        seed_everything(1, verbose=False)
+        return substitute_linear(small(), kind, setting=SETTINGS[kind], exclude=["7"])  # of which a unit can go
+
+    def fit(epochs, **options):
+        seed_everything(0, verbose=False)
+        distiller = LitDistiller(
+            small(),
+            student(),
+            losses=[CrossEntropy(), AttentionTransfer(["2", "4"], beta=10.0)],
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-3),
+        )
+        callbacks = [PFAPruning(energy=0.9, at_epoch=1, evaluate=False), CRSWeightDecay()]
+        trainer = Trainer(
+            max_epochs=epochs, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(distiller, loader, **options)
+        return trainer, distiller.student.eval()
+
+    _, straight = fit(3)
+    trainer, _ = fit(2)
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    trainer, resumed = fit(3, ckpt_path=tmp_path / "stopped.ckpt")
+    assert count_parameters(resumed) < count_parameters(student())
+    assert all(torch.equal(value, straight.state_dict()[name]) for name, value in resumed.state_dict().items())
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    loaded = load_pruned(student(), tmp_path / "whole.ckpt").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images), resumed(images))
+    export(loaded, images, tmp_path / "student.pt2", form="torch-export")  # runs what it wrote, and compares
 
 
 def test_compressed_layers_are_found_by_type():

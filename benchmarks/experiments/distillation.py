@@ -101,7 +101,8 @@ def learn(setting: Setting, net: nn.Module, data: Any, seed: int, teacher: nn.Mo
         module = LitDistiller(teacher, net, ARMS[arm](setting.taps), **options)
     else:
         module = segmenter or LitClassifier(net, data.num_classes, **options)
-    fit(module, data, setting.epochs, seed)
+    pl.seed_everything(seed, verbose=False)
+    fit(module, data, setting.epochs)
     if segmenter is None:
         return training.test(net, data)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)

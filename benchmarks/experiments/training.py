@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lit_compress.datamodules import MNISTDataModule
+from lit_compress.datamodules.image_classification import ImageClassificationDataModule
 from lit_compress.modules import LitClassifier
 
 Run = dict[str, Any]
@@ -33,13 +34,14 @@ def train(
     folder: Path | None = None,
 ) -> float:
     """Train with the settings of P3's appendix C.1, scaled to MNIST; returns the test accuracy. Callbacks write to ``folder``."""
+    pl.seed_everything(seed, verbose=False)
     module = LitClassifier(
         net,
         num_classes=data.num_classes,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.6 * epochs)], gamma=0.1),
     )
-    fit(module, data, epochs, seed, callbacks, folder)
+    fit(module, data, epochs, callbacks, folder)
     return test(net, data)
 
 
@@ -47,12 +49,10 @@ def fit(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     epochs: int,
-    seed: int,
     callbacks: Sequence[pl.Callback] = (),
     folder: Path | None = None,
 ) -> None:
     """Train on the CPU, in silence and without validation."""
-    pl.seed_everything(seed, verbose=False)
     module.train()  # Lightning leaves a network that was tested before in evaluation mode
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -63,8 +63,8 @@ def fit(
 
 
 @torch.no_grad()
-def test(net: nn.Module, data: MNISTDataModule) -> float:
-    """Accuracy on the test images of the chosen digits."""
+def test(net: nn.Module, data: ImageClassificationDataModule) -> float:
+    """Accuracy on the test images of the chosen classes."""
     data.setup("test")
     net.eval()
     right = torch.cat([net(images).argmax(1) == labels for images, labels in data.test_dataloader()])
@@ -81,7 +81,7 @@ class Finished:
 
     def holds(self, **key: Any) -> bool:
         """Whether a run with these entries is among them."""
-        return any(all(run[name] == value for name, value in key.items()) for run in self.runs)
+        return any(all(run.get(name) == value for name, value in key.items()) for run in self.runs)
 
     def add(self, runs: Iterable[Run]) -> None:
         """Keep further runs, from now on and on disk."""

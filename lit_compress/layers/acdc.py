@@ -11,12 +11,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lit_compress.layers.dct import dct, filter_spectrum, from_spectrum, idct, spectrum
+from lit_compress.layers.dct import CosineFilters, dct, idct
 from lit_compress.layers.fitting import fit_by_gradient
 from lit_compress.layers.structured import Path, Pointwise, StructuredLinear
 
-# Up to this width, multiplying by the cosines is quicker than the Fourier transform (CPU, one thread, as many rows as columns).
+# Up to this width, evaluation multiplies by the cosines, which exports as what it is.
 _COSINES_UP_TO = 256
+_AT_ONCE = 2**16  # numbers that go through all factors at once
 
 
 class ACDCLinear(StructuredLinear):
@@ -27,8 +28,9 @@ class ACDCLinear(StructuredLinear):
     The product itself is square. A wider output reads the input over and over; a narrower one sums consecutive groups of
     outputs, after zeros have been added to the input until it divides.
 
-    In training the matrix is computed, and for the backward pass computed again in pieces: what is kept meanwhile are the
-    diagonals. First derivatives only.
+    In training the factors are applied to the inputs, or, where these are more than the matrix has rows or columns, to the
+    identity, which gives the matrix. For the backward pass all of it is computed again, a few rows at a time: what is kept
+    meanwhile are the rows that came in and the diagonals. First derivatives only.
 
     Args:
         in_features: Numbers that come in.
@@ -100,16 +102,11 @@ class ACDCLinear(StructuredLinear):
     def matrix(self) -> Tensor:
         if self.a.is_meta:  # a search for a size asks for hundreds of factors
             return self.a.new_empty(self.out_features, self.in_features)
-        rows = torch.eye(self.width, device=self.a.device, dtype=self.a.dtype)
-        if self.width > self.out_features:
-            rows = rows.view(self.out_features, -1, self.width).sum(1)
-        product: Tensor = _Product.apply(rows, self.a, self.d, self)
-        if self.in_features >= self.width:
-            return product
-        if self.width > self.out_features:
-            return product[:, : self.in_features]
-        places = torch.arange(self.width, device=product.device) % self.in_features
-        return product.new_zeros(len(product), self.in_features).index_add(1, places, product)
+        if self.in_features < self.out_features or not self._recomputes():
+            return self.apply_factors(torch.eye(self.in_features, device=self.a.device, dtype=self.a.dtype)).T
+        # Rows that are summed after all factors may as well be summed before them.
+        matrix: Tensor = _Filtered.apply(self.out_features, self.a, self.d, self.riffle)
+        return matrix[:, : self.in_features]
 
     @override
     def apply_factors(self, x: Tensor) -> Tensor:
@@ -118,10 +115,28 @@ class ACDCLinear(StructuredLinear):
                 x = F.pad(x, (0, self.width - self.in_features))
             else:
                 x = x[..., torch.arange(self.width, device=x.device) % self.in_features]
-        for a, d in reversed(list(zip(self.a, self.d, strict=True))):
-            x = x.index_select(-1, self.interleave)
-            x = self.idct((self.dct(x) * d).index_select(-1, self.interleave)) * a if self.legacy else self.filter(x, d) * a
+        if self._recomputes():
+            x = self._before(x.to(self.a.dtype).reshape(-1, self.width)).view(x.shape).to(x.dtype)
+        else:
+            for a, d in reversed(list(zip(self.a, self.d, strict=True))):
+                mixed = self.dct(x.index_select(-1, self.interleave)) * d
+                x = self.idct(mixed.index_select(-1, self.interleave) if self.legacy else mixed) * a
         return x.unflatten(-1, (self.out_features, -1)).sum(-1) if self.width > self.out_features else x
+
+    @override
+    def _fewer_rows(self, x: Tensor) -> bool:
+        if self.legacy or torch.is_autocast_enabled(x.device.type):  # of which a dense product alone gains
+            return False
+        return x.numel() // self.in_features <= min(self.in_features, self.out_features)
+
+    def _recomputes(self) -> bool:
+        return torch.is_grad_enabled() and not self.legacy
+
+    def _before(self, rows: Tensor) -> Tensor:
+        """``rows (R, width)`` times the transpose of the square product: the factors backwards, each of them backwards."""
+        a = torch.cat((torch.ones_like(self.a[:1]), self.a[1:].flip(0).index_select(1, self.interleave)))
+        out: Tensor = _Filtered.apply(rows.index_select(1, self.interleave), a, self.d.flip(0), self.interleave)
+        return out.index_select(1, self.riffle) * self.a[0]
 
     @property
     @override
@@ -146,74 +161,63 @@ class ACDCLinear(StructuredLinear):
         """Inverse transform of the last dimension, ``x @ C⁻¹``."""
         return idct(x) if self.cosines is None else x @ self.cosines.T.to(x.dtype)
 
-    def filter(self, x: Tensor, d: Tensor) -> Tensor:
-        """``x @ C D C⁻¹``, a symmetric matrix; the diagonal is applied to the transform in the halves that it comes in."""
-        if self.cosines is None:
-            return from_spectrum(filter_spectrum(spectrum(x), d), self.width).to(x.dtype)
-        return self.idct(self.dct(x) * d)
 
+class _Filtered(torch.autograd.Function):
+    """Rows that are scaled, filtered and reordered, again and again. Keeps what it is given alone.
 
-class _Product(torch.autograd.Function):
-    """Rows times all factors. Keeps the diagonals alone; the backward pass holds about 2 √L matrices."""
+    A number in place of rows stands for as many that sum consecutive groups: the identity, where they are as many as the width.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, a: Tensor, d: Tensor, layer: ACDCLinear) -> Tensor:
-        ctx.save_for_backward(rows, a, d)
-        ctx.layer = layer
-        for factor in zip(a, d, strict=True):
-            rows = _times(rows, *factor, layer)
-        return rows
+    def forward(ctx: Any, given: Tensor | int, a: Tensor, d: Tensor, reorder: Tensor) -> Tensor:
+        ctx.given = given if isinstance(given, int) else None
+        ctx.save_for_backward(a, d, reorder, *([] if isinstance(given, int) else [given]))
+        rows = _sums(given, a) if isinstance(given, int) else given
+        filters = CosineFilters(rows)
+        scales, a, between = filters.scales(d), a[:, filters.order], filters.back[reorder[filters.order]]
+        out = torch.empty_like(rows)
+        for piece, result in zip(*_pieces(rows, out), strict=True):
+            piece = piece.index_select(1, filters.order)
+            for factor in range(len(a)):
+                spectra = filters.spectra(piece.mul_(a[factor]))
+                torch.index_select(filters.rows(spectra, scales[factor]), 1, between, out=piece)
+            torch.index_select(piece, 1, filters.back, out=result)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        rows, a, d = ctx.saved_tensors
-        layer: ACDCLinear = ctx.layer
-        grad_a, grad_d = torch.empty_like(a), torch.empty_like(d)
-        stride = math.isqrt(len(a) - 1) + 1
-        starts = [rows]  # the product before every stride-th factor
-        for factor in range((len(a) - 1) // stride * stride):
-            rows = _times(rows, a[factor], d[factor], layer)
-            if (factor + 1) % stride == 0:
-                starts.append(rows)
-        for first in reversed(range(0, len(a), stride)):
-            befores = [starts.pop()]
-            for factor in range(first, min(first + stride, len(a)) - 1):
-                befores.append(_times(befores[-1], a[factor], d[factor], layer))
-            for factor in reversed(range(first, first + len(befores))):
-                grad, grad_a[factor], grad_d[factor] = _backward(befores.pop(), a[factor], d[factor], grad, layer)
-        return None, grad_a, grad_d, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        a, d, reorder, *given = ctx.saved_tensors
+        rows = given[0] if given else _sums(ctx.given, a)
+        filters = CosineFilters(rows)
+        scales, a, between = filters.scales(d), a[:, filters.order], filters.back[reorder[filters.order]]
+        back = between.argsort()
+        grad_rows, grad_a, grad_d = torch.empty_like(rows), torch.zeros_like(a), torch.zeros_like(d)
+        for piece, above, result in zip(*_pieces(rows, grad, grad_rows), strict=True):
+            befores, mixed = [piece.index_select(1, filters.order)], []
+            for factor in range(len(a)):
+                mixed.append(filters.spectra(befores[-1] * a[factor]))
+                if factor + 1 < len(a):
+                    befores.append(filters.rows(mixed[-1].clone(), scales[factor]).index_select(1, between))
+            above = above.index_select(1, filters.order)
+            for factor in reversed(range(len(a))):
+                spectra = filters.spectra(torch.index_select(above, 1, back))
+                grad_d[factor] += filters.products(mixed.pop(), spectra)
+                above = filters.rows(spectra, scales[factor])  # a filter is symmetric
+                grad_a[factor] += (above * befores.pop()).sum(0)
+                above.mul_(a[factor])
+            torch.index_select(above, 1, filters.back, out=result)
+        return grad_rows if given else None, grad_a[:, filters.back], grad_d, None
 
 
-def _times(rows: Tensor, a: Tensor, d: Tensor, layer: ACDCLinear) -> Tensor:
-    """``rows A C D C⁻¹ P``, with ``P`` before ``D`` too in a legacy layer."""
-    filtered = layer.idct(layer.dct(rows * a).index_select(-1, layer.riffle) * d) if layer.legacy else layer.filter(rows * a, d)
-    return filtered.index_select(-1, layer.riffle)
+def _sums(count: int, like: Tensor) -> Tensor:
+    """Rows ``(count, width)``, of which each sums a group of consecutive numbers."""
+    return torch.eye(count, device=like.device, dtype=like.dtype).repeat_interleave(like.shape[1] // count, dim=1)
 
 
-def _backward(rows: Tensor, a: Tensor, d: Tensor, grad: Tensor, layer: ACDCLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`_times` for its first three arguments. A transform's transpose is the other one."""
-    grad = grad.index_select(-1, layer.interleave)
-    if layer.cosines is None and not layer.legacy:
-        mixed, grad_mixed = spectrum(rows * a), spectrum(grad)
-        grad_d = _pair_up(mixed, grad_mixed, layer.width)
-        grad = from_spectrum(filter_spectrum(grad_mixed, d), layer.width)
-    else:
-        mixed, grad_mixed = layer.dct(rows * a), layer.dct(grad)
-        if layer.legacy:
-            mixed = mixed[:, layer.riffle]
-        grad_d = (grad_mixed * mixed).sum(0)
-        grad = grad_mixed * d
-        grad = layer.idct(grad[:, layer.interleave] if layer.legacy else grad)
-    return grad * a, (grad * rows).sum(0), grad_d
-
-
-def _pair_up(one: Tensor, other: Tensor, width: int) -> Tensor:
-    """Sum over rows of the products of two cosine transforms, entry by entry, from their spectra."""
-    products = (torch.view_as_real(one) * torch.view_as_real(other)).sum(0) * (2 / width)
-    total = torch.cat((products[:, 0], products[1 : (width + 1) // 2, 1].flip(0)))
-    total[0] /= 2
-    return total
+def _pieces(*all_rows: Tensor) -> list[tuple[Tensor, ...]]:
+    """Pieces of the same rows of several tensors, small enough for a processor's cache."""
+    return [rows.split(max(1, _AT_ONCE // rows.shape[1])) for rows in all_rows]
 
 
 class ACDCConv1x1(Pointwise, ACDCLinear):

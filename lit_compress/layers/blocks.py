@@ -186,7 +186,7 @@ def conv_block(
     out_channels: int,
     stride: int = 1,
     *,
-    dilation: int = 1,
+    dilation: int | tuple[int, int] = 1,
     activation: Activation = "pre",
 ) -> nn.Sequential:
     """What stands on the residual branch of a block: two 3 × 3 convolutions, or what is cheaper. The skip is the network's.
@@ -207,7 +207,8 @@ def conv_block(
         in_channels: Channels that come in.
         out_channels: Channels that go out.
         stride: Step in pixels, of the first k × k convolution.
-        dilation: Of the k × k convolutions; those of ``S-2x2`` are dilated by twice as much.
+        dilation: Of the k × k convolutions, or of the first and of the second, of which a bottleneck has the second alone; those
+            of ``S-2x2`` are dilated by twice as much.
         activation: ``"pre"`` puts batch norm and ReLU before every convolution. ``"post"`` puts them after each, without the last
             ReLU, which follows the sum with the skip.
 
@@ -230,13 +231,14 @@ def conv_block(
     if activation not in ("pre", "post"):
         raise ValueError(f"Argument `activation` must be 'pre' or 'post' but got {activation!r}.")
     spec = BlockSpec.parse(block)
+    first, second = (dilation, dilation) if isinstance(dilation, int) else dilation
     convolutions: list[nn.Module]
     if spec.bottleneck is not None:
-        convolutions = [spec.bottleneck_convolution(in_channels, out_channels, stride, dilation)]
+        convolutions = [spec.bottleneck_convolution(in_channels, out_channels, stride, second)]
     else:
         convolutions = [
-            spec.convolution(in_channels, out_channels, stride, dilation),
-            spec.convolution(out_channels, out_channels, 1, dilation),
+            spec.convolution(in_channels, out_channels, stride, first),
+            spec.convolution(out_channels, out_channels, 1, second),
         ]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, convolution in enumerate(convolutions, start=1):

@@ -67,11 +67,46 @@ def from_spectrum(half: Tensor, n: int) -> Tensor:
     return folded.index_select(-1, torch.where(places % 2 == 0, places // 2, n - 1 - places // 2))
 
 
-def filter_spectrum(half: Tensor, d: Tensor) -> Tensor:
-    """The spectrum after entry ``k`` of the transform is multiplied by ``d[k]``; ``d`` is ``(N,)``."""
-    n = len(d)
-    places = torch.arange(n // 2 + 1, device=d.device)
-    return torch.view_as_complex(torch.view_as_real(half) * torch.stack((d[places], d[-places % n]), -1))
+class CosineFilters:
+    """Filters ``x C D C⁻¹``, for rows that stay in the order which the Fourier transform wants between one and the next.
+
+    Args:
+        like: Rows ``(R, N)``, for their length, device and dtype.
+
+    Attributes:
+        order: Places ``(N,)`` of a plain row in the order used here: even samples, then odd ones backwards.
+        back: Places in that order of a plain row.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.n = like.shape[-1]
+        self.order = _fold(like)
+        self.back = self.order.argsort()
+        self._twiddle = _twiddle(like)
+        self._untwiddle = self._twiddle.conj().resolve_conj()
+
+    def spectra(self, rows: Tensor) -> Tensor:
+        """:func:`spectrum` of ordered rows, complex ``(R, N // 2 + 1)``."""
+        half: Tensor = torch.fft.rfft(rows)
+        return half.mul_(self._untwiddle)
+
+    def scales(self, d: Tensor) -> Tensor:
+        """What multiplies spectra, real parts and imaginary ones in turn, for diagonals ``(*, N)`` of D."""
+        places = torch.arange(self.n // 2 + 1, device=d.device)
+        return torch.stack((d[..., places], d[..., -places % self.n]), -1).flatten(-2)
+
+    def rows(self, spectra: Tensor, scales: Tensor) -> Tensor:
+        """The ordered rows whose spectra these are, once scaled; they are overwritten."""
+        torch.view_as_real(spectra).flatten(1).mul_(scales)
+        rows: Tensor = torch.fft.irfft(spectra.mul_(self._twiddle), n=self.n)
+        return rows
+
+    def products(self, one: Tensor, other: Tensor) -> Tensor:
+        """Sum over rows of the products of two cosine transforms, ``(N,)``, from their spectra."""
+        products = (torch.view_as_real(one) * torch.view_as_real(other)).sum(0) * (2 / self.n)
+        total = torch.cat((products[:, 0], products[1 : (self.n + 1) // 2, 1].flip(0)))
+        total[0] /= 2
+        return total
 
 
 def _fold(x: Tensor) -> Tensor:

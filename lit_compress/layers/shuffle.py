@@ -196,7 +196,7 @@ class ShuffleConv2d(ShuffleConv1x1):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Maps to maps."""
-        if not self._takes_factors(training=torch.is_grad_enabled()):
+        if not self._takes_factors(x):
             kernel = self._weight().view(self.out_channels, self.in_channels, *self.kernel_size)
             return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation)
         contracted = F.conv2d(x, self.contract[:, :, None, None], groups=self.groups)
@@ -206,7 +206,7 @@ class ShuffleConv2d(ShuffleConv1x1):
 
     @override
     def count_mult_adds(self, x: Tensor, out: Tensor, *, printed: bool = False) -> int:
-        if printed or self._takes_factors(training=False):
+        if printed or self._takes_factors():
             return super().count_mult_adds(x, out, printed=True)
         return self.dense_elements * (out.numel() // self.out_channels)
 

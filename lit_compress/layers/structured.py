@@ -147,7 +147,7 @@ class StructuredLinear(nn.Module, ABC):
         each = self.in_features * self.out_features
         if printed:
             each = self.printed_mult_adds
-        elif self._takes_factors(training=False):
+        elif self._takes_factors():
             each = self.factor_mult_adds or 0
         return each * (out.numel() // self.out_features)
 
@@ -168,7 +168,7 @@ class StructuredLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
-        if self._takes_factors(training=torch.is_grad_enabled()):
+        if self._takes_factors(x):
             out = self.apply_factors(x)
             return out if self.bias is None else out + self.bias.to(out.dtype)
         return F.linear(x, self._weight(), self.bias)
@@ -185,12 +185,17 @@ class StructuredLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, compression={self.compression:.3g}"
 
-    def _takes_factors(self, *, training: bool) -> bool:
+    def _takes_factors(self, x: Tensor | None = None) -> bool:
+        """Whether to apply factor by factor; to some input, None for an evaluation on any."""
         if self.path != "auto" or self.factor_mult_adds is None:
             return self.path == "factorized"
-        if training and not self.few_factors:
-            return False
+        if x is not None and torch.is_grad_enabled() and not self.few_factors:
+            return self._fewer_rows(x)
         return self.slowness * self.factor_mult_adds < self.in_features * self.out_features
+
+    def _fewer_rows(self, x: Tensor) -> bool:
+        """Whether it costs less to train with these inputs than with the matrix, where many factors leave the choice."""
+        return False
 
     def _weight(self) -> Tensor:
         """The matrix; without gradients, the one computed before if no parameter has changed since."""
@@ -274,7 +279,7 @@ class Pointwise(StructuredLinear):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Maps to maps."""
-        if self._takes_factors(training=torch.is_grad_enabled()):
+        if self._takes_factors(x):
             out = self.apply_factors_to_maps(x[..., :: self.stride[0], :: self.stride[1]])
             return out if self.bias is None else out + self.bias[:, None, None].to(out.dtype)
         return F.conv2d(x, self._weight()[:, :, None, None], self.bias, self.stride)

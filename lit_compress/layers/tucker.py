@@ -150,3 +150,5 @@ class TuckerConv1x1(Pointwise, TuckerLinear):
         >>> TuckerConv1x1(16, 32, rank_scale=0.5, stride=2)(torch.zeros(1, 16, 8, 8)).shape
         torch.Size([1, 32, 4, 4])
     """
+
+    slowness = 4.0  # maps are turned so that channels come last, and back (256 channels of 32 × 32, batch 16, one CPU thread)

@@ -116,7 +116,7 @@ class DARTS(nn.Module):
         self.set_drop_path(drop_path)
 
     def set_drop_path(self, probability: float) -> None:
-        """Set the probability of dropping a branch; the source raises it linearly from 0 to 0.2 over the epochs.
+        """Set the probability of dropping a branch; :class:`~lit_compress.callbacks.DropPathSchedule` raises it over the epochs.
 
         Raises:
             ValueError: If it does not lie in [0, 1).

@@ -25,14 +25,16 @@ class LitClassifier(PrunableMixin, LightningModule):
     Batch: ``(samples (N, *), labels (N,) int64 below num_classes)``.
     Logs, each as the mean over an epoch and over ranks: ``train/loss``, ``val/loss``, ``test/loss`` (cross-entropy in nats; label
     smoothing counts in training alone) and ``train/accuracy``, ``val/accuracy``, ``test/accuracy`` (fraction of the samples).
-    With companions, ``train/companion_loss`` and so on (nats, the sum over companions) are logged beside, and not in ``loss``.
+    With companions, ``train/companion_loss`` and so on (nats, the sum over companions) are logged beside, and not in ``loss``;
+    likewise ``train/auxiliary_loss`` of a network's own auxiliary heads.
 
     Checkpoints hold weights and the plain numbers given here, so ``torch.load(weights_only=True)`` reads them. The network, the
     optimizer and the scheduler are not among those numbers: give them again to ``load_from_checkpoint``; a run of the command
     line has its config as their record.
 
     Args:
-        net: Network to train, samples to logits ``(N, num_classes)``.
+        net: Network to train, samples to logits ``(N, num_classes)``; or to a tuple of them, the network's own and those of
+            auxiliary heads, as :class:`~lit_compress.models.DARTS` and torchvision's Inception give it in training.
         num_classes: Number of classes.
         optimizer: From parameters to an optimizer: a class, a ``lambda``, or ``class_path`` and ``init_args`` in a config.
             By default Adam with a learning rate of 1e-3.
@@ -44,6 +46,7 @@ class LitClassifier(PrunableMixin, LightningModule):
             linear classifier of its own is trained along, and its cross-entropy added to the loss. They belong to this module and
             not to ``net``, and follow its cuts.
         input_dropout: Share of the input's numbers that are set to 0 in training, the others scaled up, in [0, 1).
+        auxiliary_weight: Factor on the cross-entropy of each auxiliary head; 0.4 is that of DARTS.
 
     Raises:
         ValueError: If a number is out of range, the network's output is not ``num_classes`` wide, or a companion's module is none
@@ -70,10 +73,13 @@ class LitClassifier(PrunableMixin, LightningModule):
         scheduler_interval: Interval = "epoch",
         companions: Mapping[str, int] | None = None,
         input_dropout: float = 0.0,
+        auxiliary_weight: float = 0.4,
     ) -> None:
         super().__init__()
         if not 0 <= input_dropout < 1:
             raise ValueError(f"Argument `input_dropout` must lie in [0, 1) but got {input_dropout}.")
+        if auxiliary_weight < 0:
+            raise ValueError(f"Argument `auxiliary_weight` must be 0 or more but got {auxiliary_weight}.")
         if unknown := sorted(set(companions or ()) - dict(net.named_modules()).keys()):
             raise ValueError(f"Argument `companions` names {unknown}, which are no modules of the network.")
         if num_classes < 2:
@@ -89,6 +95,7 @@ class LitClassifier(PrunableMixin, LightningModule):
         self.label_smoothing = label_smoothing
         self.scheduler_interval = scheduler_interval
         self.input_dropout = input_dropout
+        self.auxiliary_weight = auxiliary_weight
         self.supervised = tuple(companions or ())
         self.companions = nn.ModuleList(nn.Linear(width, num_classes) for width in (companions or {}).values())
         self.train_accuracy = _accuracy(num_classes)
@@ -127,7 +134,8 @@ class LitClassifier(PrunableMixin, LightningModule):
         if self.training and self.input_dropout:
             samples = F.dropout(samples, self.input_dropout)
         with _listening(self.net, self.supervised) as hidden:
-            logits = self(samples)
+            outputs = self(samples)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         if logits.shape != (len(labels), self.num_classes):
             raise ValueError(
                 f"Expected logits of shape {(len(labels), self.num_classes)}, as `num_classes={self.num_classes}` says, but the "
@@ -139,6 +147,10 @@ class LitClassifier(PrunableMixin, LightningModule):
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
         # A metric adds up over ranks by itself.
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
+        if auxiliary:
+            heads = torch.stack([F.cross_entropy(head, labels, label_smoothing=label_smoothing) for head in auxiliary]).sum()
+            self.log(f"{split}/auxiliary_loss", heads, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
+            loss = loss + self.auxiliary_weight * heads
         if not self.supervised:
             return loss
         # In validation as well: an analysis follows the channels through it.
