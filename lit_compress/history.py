@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_compress.graph import ChannelGraph
 from lit_compress.plan import plan_of
+from lit_compress.recipe import joint_method, single_methods
 from lit_compress.slicing import all_tensors
 
 
@@ -132,7 +133,9 @@ class SizeHistory:
         if not self.moments:
             self.moments.append(Moment(epoch, step, "", original))
         if sizes != self.moments[-1].sizes:
-            self.moments.append(Moment(epoch, step, method.removeprefix(f"{self._method} then "), sizes))
+            before, now = single_methods(self._method), single_methods(method)
+            new = now[len(before) :] if now[: len(before)] == before else now
+            self.moments.append(Moment(epoch, step, joint_method(new), sizes))
         self._method = method
         return len(self.moments) > known
 

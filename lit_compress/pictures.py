@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -86,6 +86,34 @@ def plot_widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     axes.set_ylabel("output channels")
     axes.legend(fontsize="small")
     axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def plot_information(information: Sequence[tuple[int, Mapping[str, float]]], cuts: Sequence[int] = ()) -> Figure:
+    """What the units of each layer carry over a run: it falls with each cut and climbs again while training recovers.
+
+    Args:
+        information: Epochs trained so far, and layer name to bits; right after a cut, the same epochs come again.
+        cuts: Epochs before which there was a cut; a dotted line marks each.
+
+    Returns:
+        One curve a layer, from dark (first) to light (last).
+
+    Source: PIBprune, figures 4.8.1b and 4.8.2b.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Axes = figure.add_subplot()
+    layers = list(dict.fromkeys(layer for _, bits in information for layer in bits))
+    for index, layer in enumerate(layers):
+        points = [(epochs, bits[layer]) for epochs, bits in information if layer in bits]
+        axes.plot(*zip(*points, strict=True), color=_shade(index, len(layers)), linewidth=1.2, label=layer)
+    for epoch in cuts:
+        axes.axvline(epoch, color="black", linestyle=":", linewidth=1)
+    axes.set(xlabel="epochs", ylabel="information of the layer's units, bits")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if layers:
+        axes.legend(fontsize="x-small")
     return figure
 
 

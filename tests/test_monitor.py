@@ -400,7 +400,7 @@ def test_a_monitor_that_joins_a_resumed_run_knows_the_network_as_it_was_built(tm
     watch = CompressionMonitor()
     fit_theirs(tmp_path / "on", twice(), watch, max_epochs=4, ckpt_path=tmp_path / "epoch=2.ckpt", enable_checkpointing=False)
     start, now = watch.history.moments
-    assert (start.epoch, now.epoch, now.cut) == (3, 3, "pfa(energy=0.9) then pfa(energy=0.9)")
+    assert (start.epoch, now.epoch, now.cut) == (3, 3, "pfa(energy=0.9), 2 times")
     assert (start.sizes.parameters, now.sizes.parameters) == (count_parameters(Theirs()), count_parameters(module))
 
 
