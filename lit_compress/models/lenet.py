@@ -186,4 +186,3 @@ def _activation(name: str) -> type[nn.Module]:
     if name not in _ACTIVATIONS:
         raise ValueError(f"Argument `activation` must be one of {sorted(_ACTIVATIONS)} but got {name!r}.")
     return _ACTIVATIONS[name]
-
