@@ -7,7 +7,9 @@ from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from lit_compress.history import SizeHistory, share
@@ -135,7 +137,7 @@ def plot_information_plane(paths: Mapping[str, Sequence[tuple[float, float]]]) -
     for (layer, path), colour in zip(paths.items(), cycle(_PALETTE)):
         kept, told = np.array(path, dtype=float).reshape(-1, 2).T
         axes.plot(kept, told, color=colour, linewidth=0.8, alpha=0.5)
-        axes.scatter(kept, told, color=colour, s=10, alpha=np.linspace(0.2, 1, len(kept)))
+        axes.scatter(kept, told, s=10, color=[to_rgba(colour, float(alpha)) for alpha in np.linspace(0.2, 1, len(kept))])
         axes.plot(kept[-1:], told[-1:], "o", color=colour, label=layer)
     axes.set(xlabel="of the layer before, $I(Z_l; Z_{l-1})$, bits", ylabel="of the label, $\\sum_i I(Z_{l,i}; Y)$, bits")
     axes.grid(alpha=0.3)
@@ -165,8 +167,13 @@ def plot_ratios(
             axes.plot(values[:, index], values[:, 2], "o-", color=colour, markersize=4, linewidth=1, label=run)
         for label, point in points.items():
             axes.plot(point[index], point[2], "x", color="black")
-            axes.annotate(label, (point[index], point[2]), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
-        axes.set(xlabel=f"${name}$, %", ylabel="error, %")
+            axes.annotate(
+                label, (point[index], point[2]), xytext=(2, 3), textcoords="offset points", fontsize="x-small", rotation=45
+            )
+        axes.set(xlabel=f"${name}$, %", ylabel="error, %", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         if paths:
             axes.legend(fontsize="x-small")

@@ -80,6 +80,11 @@ def falling(optimizer: torch.optim.Optimizer) -> Any:
     return schedule
 
 
+def late(optimizer: torch.optim.Optimizer, epoch: int) -> Any:
+    """A tenth of the rate once the gates are gone."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch], gamma=0.1)
+
+
 def mlp(first: int, second: int) -> Callable[[int], nn.Module]:
     """A sigmoid network of table 4.1."""
     return lambda pixels: MLP(pixels, (first, second), num_classes=10, activation="sigmoid")
@@ -122,8 +127,8 @@ ROWS = {
         table="4.2",
         net=LeNet300100,
         prune=lambda epochs: VIBPruning(kl_scale=3e-4, gate_lr=1e-2, at_epoch=2 * epochs // 3, evaluate=False),
-        epochs=30,
-        classifier={"optimizer": torch.optim.Adam},
+        epochs=24,
+        classifier={"optimizer": torch.optim.Adam, "scheduler": lambda optimizer: late(optimizer, 16)},
         published=Published(widths="71-33", R_w=22, R_n=27, before=None, after=1.6),
     ),
     "LeNet-5 C": Row(
@@ -142,8 +147,8 @@ ROWS = {
         table="4.3",
         net=lambda pixels: LeNet5(image_size=round(pixels**0.5)),
         prune=lambda epochs: VIBPruning(kl_scale=1e-4, gate_lr=1e-2, at_epoch=2 * epochs // 3, evaluate=False),
-        epochs=16,
-        classifier={"optimizer": torch.optim.Adam},
+        epochs=12,
+        classifier={"optimizer": torch.optim.Adam, "scheduler": lambda optimizer: late(optimizer, 8)},
         published=Published(widths="", R_w=0.83, R_n=15.55, before=None, after=1.0),
     ),
 }  # fmt: skip
