@@ -223,7 +223,6 @@ def run(name: str, row: Row, data: Any, seed: int, epochs: int, work: Path) -> R
         "epochs": diary.epochs,
         "information": getattr(pruning, "information", []),
         "cpu_minutes": round((time.process_time() - began) / 60, 2),
-        "commit": commit(),
     }
 
 
@@ -314,6 +313,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pib_mnist"))
     options = parser.parse_args()
     quiet()
+    code = commit()  # what runs is what was checked out at the start
     finished = Finished(options.out.with_suffix(".json"))
     data = DigitsDataModule() if options.digits else MNISTDataModule(data_dir=options.data)
     data.prepare_data()
@@ -323,7 +323,7 @@ def main() -> None:
             if finished.holds(row=name, seed=seed):
                 continue
             done = run(name, ROWS[name], data, seed, min(options.epochs or sys.maxsize, ROWS[name].epochs), options.work)
-            finished.add([done])
+            finished.add([{**done, "commit": code}])
             widths = "-".join(map(str, done["after"]["widths"]))
             print(f"{name}, seed {seed}: {widths}, {done['before']['error']:.2%} to {done['after']['error']:.2%}", flush=True)
     draw(finished.runs, options.out)
