@@ -2,11 +2,11 @@
 
     python -m benchmarks.experiments.compare_methods --data DIR --seeds 0 1 2 --out docs/images/compare_methods
 
-For each seed one LeNet-300-100 is trained, whose hidden layers are linear, batch norm and sigmoid: PIB reads the sigmoids, slimming
-the scales of the norms. Each method only chooses channels. What has to train in order to see, VIB its gates and slimming its
-scales, does so on a copy with all else frozen, and what is learnt there serves to choose and is then thrown away. So all small
-networks are cut out of the same weights, and fine-tuned alike. Their sizes are that of PFA-KL, which has no other, and shares of the
-parameters. Writes OUT.json after every seed (and goes on from it), OUT.png, and a table on the standard output.
+For each seed one LeNet-300-100 is trained, whose hidden layers are linear, batch norm and sigmoid: PIB reads the sigmoids, and
+slimming the scales of the norms. Each method only chooses channels. What has to train in order to see, VIB its gates and slimming
+its scales, does so on a copy with all else frozen, and what is learnt there serves to choose and is then thrown away. So all small
+networks are cut out of the same weights, and fine-tuned alike. Their sizes are that of PFA-KL, which has no other, and shares of
+the parameters. Writes OUT.json after every seed (and goes on from it), OUT.png, and a table on the standard output.
 """
 
 import argparse
