@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_compress import Recipe, analyze, count_mult_adds, count_parameters, cut
-from lit_compress.callbacks import CompressionMonitor, PFAPruning
+from lit_compress.callbacks import CompressionMonitor, PFAPruning, VIBPruning
 from lit_compress.cli import main
 from lit_compress.graph import trace
 from lit_compress.history import Gauge, Moment, SizeHistory, Sizes
@@ -224,6 +224,15 @@ def test_several_pruning_callbacks_and_cuts_by_hand_are_all_events(tmp_path):
     ]  # fmt: skip
     assert in_each_epoch(watch.history, 5) == counted.seen
     assert Recipe.load(tmp_path / "lit_compress" / "recipe.json").widths["body.0"] == 2
+
+
+def test_the_gates_of_vib_are_no_part_of_the_size(tmp_path):
+    watch, vib = CompressionMonitor(), VIBPruning(at_epoch=1, keep_params=0.6)
+    module = Theirs()
+    whole = count_parameters(module)
+    fit_theirs(tmp_path, vib, watch, module=module, max_epochs=2, enable_checkpointing=False)
+    assert [moment.sizes.parameters for moment in watch.history.moments] == [whole, count_parameters(module)]
+    assert count_parameters(module) <= 0.6 * whole
 
 
 def test_a_cut_that_removes_nothing_is_no_event(tmp_path):

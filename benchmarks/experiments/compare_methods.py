@@ -3,10 +3,11 @@
     python -m benchmarks.experiments.compare_methods --data DIR --seeds 0 1 2 --out docs/images/compare_methods
 
 For each seed one LeNet-300-100 is trained, whose hidden layers are linear, batch norm and sigmoid: PIB reads the sigmoids, and
-slimming the scales of the norms. Each method only chooses channels. What has to train in order to see, VIB its gates and slimming
-its scales, does so on a copy with all else frozen, and what is learnt there serves to choose and is then thrown away. So all small
-networks are cut out of the same weights, and fine-tuned alike. Their sizes are that of PFA-KL, which has no other, and shares of
-the parameters. Writes OUT.json after every seed (and goes on from it), OUT.png, and a table on the standard output.
+slimming the scales of the norms. Each method only chooses channels. What has to train in order to see, VIB its gates and
+slimming its scales, does so on a copy with all else frozen, and what is learnt there serves to choose and is then thrown away.
+So all the small networks are cut out of the same weights, and fine-tuned alike. Their sizes are that of PFA-KL, which has no
+other, and shares of the parameters. Writes OUT.json after every seed (and goes on from it), OUT.png, and a table on the
+standard output.
 """
 
 import argparse
@@ -40,10 +41,12 @@ VIB_SCALE, SLIMMING = 3e-4, 1e-3  # weights of the penalties
 
 
 def build(pixels: int) -> nn.Module:
-    """LeNet-300-100 with a batch norm before each sigmoid."""
+    """LeNet-300-100 with a batch norm before each sigmoid, whose scales of 4 keep the sigmoids from being nearly linear."""
     net = LeNet300100(pixels, activation="sigmoid")
     for name, width in (("activation1", 300), ("activation2", 100)):
-        net.layers.set_submodule(name, nn.Sequential(nn.BatchNorm1d(width), nn.Sigmoid()))
+        norm = nn.BatchNorm1d(width)
+        nn.init.constant_(norm.weight, 4.0)
+        net.layers.set_submodule(name, nn.Sequential(norm, nn.Sigmoid()))
     return net
 
 
