@@ -41,12 +41,10 @@ VIB_SCALE, SLIMMING = 3e-4, 1e-3  # weights of the penalties
 
 
 def build(pixels: int) -> nn.Module:
-    """LeNet-300-100 with a batch norm before each sigmoid, whose scales of 4 keep the sigmoids from being nearly linear."""
+    """LeNet-300-100 with a batch norm before each sigmoid."""
     net = LeNet300100(pixels, activation="sigmoid")
     for name, width in (("activation1", 300), ("activation2", 100)):
-        norm = nn.BatchNorm1d(width)
-        nn.init.constant_(norm.weight, 4.0)
-        net.layers.set_submodule(name, nn.Sequential(norm, nn.Sigmoid()))
+        net.layers.set_submodule(name, nn.Sequential(nn.BatchNorm1d(width), nn.Sigmoid()))
     return net
 
 
