@@ -91,9 +91,7 @@ def machine(load: float) -> str:
     Args:
         load: Load average of the last minute, before the benchmark began.
     """
-    return (
-        f"torch {torch.__version__}; {_processor()}, {os.cpu_count()} cores; load average before {load:.1f}; commit {_commit()}"
-    )
+    return f"torch {torch.__version__}; {_processor()}, {os.cpu_count()} cores; load average before {load:.1f}; commit {commit()}"
 
 
 def _processor() -> str:
@@ -102,7 +100,9 @@ def _processor() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The short hash of what is checked out, with a word on changes to the package."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -9,18 +9,15 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lit_compress import rng
-from lit_compress.analysis import analyze
-from lit_compress.callbacks.loaders import analysis_batches
 from lit_compress.callbacks.loggers import Outlets
+from lit_compress.callbacks.look import look
 from lit_compress.callbacks.progress import progress_of
-from lit_compress.callbacks.ranks import buffers_of_first, shards
+from lit_compress.callbacks.ranks import shards
 from lit_compress.callbacks.steps import refuse_only_training, silent_step, validating
 from lit_compress.graph import trace
 from lit_compress.history import Gauge, SizeHistory, share
 from lit_compress.pictures import plot_history
 from lit_compress.plan import plan_of
-from lit_compress.ranks import as_one
 from lit_compress.statistics.gather import batch_size, first_samples, to_device
 
 
@@ -186,16 +183,7 @@ class CompressionMonitor(Callback):
             self._outlets.table("compress/width_history", *self.history.widths_table(), "width_history")
 
     def _log_spectra(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with as_one(), rng.isolated(), validating(trainer), buffers_of_first(trainer, pl_module):
-            loader = analysis_batches(trainer, pl_module, None, self.max_samples)
-            analysis = analyze(
-                pl_module,
-                loader,
-                example_inputs=first_samples(loader.example()),
-                forward_fn=silent_step,
-                max_samples=self.max_samples,
-                progress=progress_of(trainer),
-            )
+        analysis = look(trainer, pl_module, max_samples=self.max_samples, progress=progress_of(trainer))
         if self._outlets is not None:
             for name, figure in analysis.figures(analysis.recipe()).items():
                 self._outlets.figure(f"compress/{name}", figure, f"epoch_{trainer.current_epoch}_{name}")

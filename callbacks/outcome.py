@@ -45,6 +45,7 @@ class CutReport:
         recipe: All cuts so far, relative to the network as it was built.
         before: Right before this cut.
         after: Right after it, with no training between.
+        ratios: ``R_n`` and ``R_w`` after it, as :meth:`Analysis.ratios <lit_compress.Analysis.ratios>` gives them.
         batch_size: Batch size of the latencies.
     """
 
@@ -52,15 +53,17 @@ class CutReport:
     recipe: Recipe
     before: Measurement
     after: Measurement
+    ratios: Mapping[str, float]
     batch_size: int
 
     def publish(self, trainer: Trainer, analysis: Analysis, recipe: Recipe, index: int) -> None:
         """Log the cut with every logger of the Trainer, and write recipe, table and pictures to disk.
 
-        Logged: ``compress/parameters``, ``compress/mult_adds`` (one sample), ``compress/latency_ms``, ``compress/width/<layer>``
-        (output channels), ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``, and what the method has to say
-        in numbers; where the logger takes them, the picture ``compress/widths`` and the method's own (of PFA,
-        ``compress/spectra``), and the table ``compress/layers``.
+        Logged: ``compress/parameters``, ``compress/mult_adds`` (one sample), ``compress/latency_ms``, ``compress/R_n`` and
+        ``compress/R_w`` (what is left of the layers' outputs and weights), ``compress/width/<layer>`` (output channels),
+        ``compress/before_cut/<metric>`` and ``compress/after_cut/<metric>``, and what the method has to say in numbers; where the
+        logger takes them, the picture ``compress/widths`` and the method's own (of PFA, ``compress/spectra``), and the table
+        ``compress/layers``.
 
         Args:
             trainer: The running Trainer.
@@ -78,6 +81,7 @@ class CutReport:
             "compress/mult_adds": self.after.mult_adds,
             "compress/latency_ms": self.after.latency.median,
         }
+        values |= {f"compress/{name}": value for name, value in self.ratios.items()}
         values |= {f"compress/width/{name}": width for name, width in widths.items()}
         values |= {f"compress/before_cut/{name}": value for name, value in self.before.metrics.items()}
         values |= {f"compress/after_cut/{name}": value for name, value in self.after.metrics.items()}
@@ -99,7 +103,7 @@ class CutReport:
         outlets.values({f"compress/fine_tuned/{name}": value for name, value in final.items()})
         summary = {
             "before": asdict(first), "after_cut": asdict(self.after), "fine_tuned": dict(final), "batch_size": self.batch_size,
-            "method": self.recipe.method,
+            "ratios": dict(self.ratios), "method": self.recipe.method,
         }  # fmt: skip
         outlets.write("summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
         console = Console()
@@ -118,19 +122,34 @@ class CutReport:
             ("mult-adds", first.mult_adds, self.after.mult_adds),
         ):
             table.add_row(name, f"{old:,}", f"{new:,}", f"{new:,}", f"{new / max(old, 1):.1%}")
+        for name, what in (("R_n", "layer outputs"), ("R_w", "weights")):
+            table.add_row(f"{what} ({name})", "", "", "", f"{self.ratios[name]:.1%}")
         ratio = self.after.latency.median / first.latency.median
         table.add_row(f"step, batch {self.batch_size}", str(first.latency), str(self.after.latency), "", f"{ratio:.1%}")
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """Builtin types only, for a checkpoint."""
-        fields = {"epoch": self.epoch, "batch_size": self.batch_size, "recipe": self.recipe.to_dict()}
+        fields = {
+            "epoch": self.epoch,
+            "batch_size": self.batch_size,
+            "recipe": self.recipe.to_dict(),
+            "ratios": dict(self.ratios),
+        }
         return fields | {"before": asdict(self.before), "after": asdict(self.after)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CutReport:
         """Inverse of :meth:`to_dict`."""
-        moments = {
-            name: Measurement(**{**data[name], "latency": Latency(**data[name]["latency"])}) for name in ("before", "after")
-        }
-        return cls(epoch=data["epoch"], batch_size=data["batch_size"], recipe=Recipe.from_dict(data["recipe"]), **moments)
+
+        def moment(name: str) -> Measurement:
+            return Measurement(**{**data[name], "latency": Latency(**data[name]["latency"])})
+
+        return cls(
+            epoch=data["epoch"],
+            recipe=Recipe.from_dict(data["recipe"]),
+            before=moment("before"),
+            after=moment("after"),
+            ratios=dict(data["ratios"]),
+            batch_size=data["batch_size"],
+        )

@@ -480,6 +480,7 @@ class PruningCallback(Callback, ABC):
             recipe=recipe if composed is None else composed.recipe,
             before=before,
             after=after,
+            ratios=analysis.ratios(recipe),
             batch_size=stopwatch.batch_size,
         )
         if self.fallback is not None and kept is not None:

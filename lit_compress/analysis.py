@@ -242,6 +242,18 @@ class Analysis:
                  if name in self.graph.trainable]  # fmt: skip
         return self._parameters + sum(grown)
 
+    def ratios(self, recipe: Recipe | None = None) -> dict[str, float]:
+        """``R_n`` and ``R_w``: what is left of all layers' outputs and of their weights, as analysed or as a recipe cuts it.
+
+        Fractions of the network before anything was ever cut out of it, as :class:`~lit_compress.metrics.CompressionRatios`
+        counts them, over all layers that the forward analysed runs: classifiers that a training step adds count, too.
+        """
+        removed = self._marks(recipe)
+        now = {use.weight: self.graph.shape_without(use.weight, removed) for use in self.graph.uses}
+        built = {**self.graph.shapes, **({} if self._before is None else self._before.shapes)}
+        left, whole = self.graph.outputs_and_weights(now), self.graph.outputs_and_weights(built)
+        return {name: part / max(of, 1) for name, part, of in zip(("R_n", "R_w"), left, whole, strict=True)}
+
     def preview(self, recipe: Recipe) -> LayerTable:
         """What a recipe would do, layer by layer, without doing it.
 

@@ -146,6 +146,11 @@ class ChannelGraph:
         """Mult-adds of the batch that was traced, if the weights had these shapes."""
         return sum(use.positions * prod(shapes[use.weight]) for use in self.uses)
 
+    def outputs_and_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """Numbers that layers give for the batch that was traced, and weights that they have, if the weights had these shapes."""
+        outputs = sum(shapes[use.weight][use.out_dim] * use.positions for use in self.uses)
+        return outputs, sum(prod(shapes[weight]) for weight in {use.weight for use in self.uses})
+
     @cached_property
     def _classes(self) -> int:
         found = [classes for dims in self.tensors.values() for classes in dims.values()]

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from lit_compress.gates import CHILD as GATES
 from lit_compress.graph import ChannelGraph
 from lit_compress.plan import plan_of
+from lit_compress.recipe import joint_method, single_methods
 from lit_compress.slicing import all_tensors
 
 
@@ -19,7 +21,7 @@ class Sizes:
     """How large a network is.
 
     Args:
-        parameters: Trainable parameters.
+        parameters: Trainable parameters, but for those of gates, which no cut leaves.
         mult_adds: Mult-adds of convolutions and linear layers, one sample.
         widths: Layer name to output channels, in the order of the forward.
     """
@@ -68,7 +70,10 @@ class Gauge:
 
     def _sizes(self, model: nn.Module, before: Mapping[str, tuple[int, ...]]) -> Sizes:
         shapes = {name: tuple(tensor.shape) for name, tensor in all_tensors(model).items()} | dict(before)
-        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        # Gates are there for as long as VIB trains them, and leave with the cut.
+        trainable = [
+            name for name, parameter in model.named_parameters() if parameter.requires_grad and not name.startswith(f"{GATES}.")
+        ]
         return Sizes(
             parameters=sum(prod(shapes[name]) for name in trainable),
             mult_adds=self._graph.mult_adds(shapes) // self._samples,
@@ -132,7 +137,9 @@ class SizeHistory:
         if not self.moments:
             self.moments.append(Moment(epoch, step, "", original))
         if sizes != self.moments[-1].sizes:
-            self.moments.append(Moment(epoch, step, method.removeprefix(f"{self._method} then "), sizes))
+            before, now = single_methods(self._method), single_methods(method)
+            new = now[len(before) :] if now[: len(before)] == before else now
+            self.moments.append(Moment(epoch, step, joint_method(new), sizes))
         self._method = method
         return len(self.moments) > known
 

@@ -84,7 +84,12 @@ class PIB(ScoreMethod):
 
     @override
     def values(self, rankings: Rankings) -> dict[str, float]:
-        return {f"information/{name}": float(found.entropies.information.sum()) for name, found in rankings.items()}
+        return {f"information/{name}": bits for name, bits in information_of(rankings).items()}
+
+
+def information_of(rankings: Rankings) -> dict[str, float]:
+    """What the units of each layer carry together, in bits, from what :class:`PIB` found."""
+    return {name: float(found.entropies.information.sum()) for name, found in rankings.items()}
 
 
 def why_no_bits(graph: ChannelGraph, group: ChannelGroup) -> str:

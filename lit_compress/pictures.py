@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from lit_compress.history import SizeHistory, share
 
 # Colour-blind safe (Okabe and Ito).
 _BEFORE, _AFTER, _OTHER = "#999999", "#0072B2", "#D55E00"
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def plot_spectra(spectra: Mapping[str, Tensor], kept: Mapping[str, int] | None = None) -> Figure:
@@ -86,6 +90,93 @@ def plot_widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     axes.set_ylabel("output channels")
     axes.legend(fontsize="small")
     axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def plot_information(information: Sequence[tuple[int, Mapping[str, float]]], cuts: Sequence[int] = ()) -> Figure:
+    """What the units of each layer carry over a run: it falls with each cut and climbs again while training recovers.
+
+    Args:
+        information: Epochs trained so far, and layer name to bits; right after a cut, the same epochs come again.
+        cuts: Epochs before which there was a cut; a dotted line marks each.
+
+    Returns:
+        One curve a layer, from dark (first) to light (last).
+
+    Source: PIBprune, figures 4.8.1b and 4.8.2b.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Axes = figure.add_subplot()
+    layers = list(dict.fromkeys(layer for _, bits in information for layer in bits))
+    for index, layer in enumerate(layers):
+        points = [(epochs, bits[layer]) for epochs, bits in information if layer in bits]
+        axes.plot(*zip(*points, strict=True), color=_shade(index, len(layers)), linewidth=1.2, label=layer)
+    for epoch in cuts:
+        axes.axvline(epoch, color="black", linestyle=":", linewidth=1)
+    axes.set(xlabel="epochs", ylabel="information of the layer's units, bits")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if layers:
+        axes.legend(fontsize="x-small")
+    return figure
+
+
+def plot_information_plane(paths: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """The information plane: over a run, what each layer keeps of the layer before, and what it tells of the label.
+
+    Args:
+        paths: Layer name to both, in bits, from the start of the run to its end.
+
+    Returns:
+        One path a layer, from light (first epoch) to full colour (last), its end marked by a dot.
+
+    Source: PIBprune, section 4.4, after Tishby and Zaslavsky, 2015.
+    """
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes: Axes = figure.add_subplot()
+    for (layer, path), colour in zip(paths.items(), cycle(_PALETTE)):
+        kept, told = np.array(path, dtype=float).reshape(-1, 2).T
+        axes.plot(kept, told, color=colour, linewidth=0.8, alpha=0.5)
+        axes.scatter(kept, told, s=10, color=[to_rgba(colour, float(alpha)) for alpha in np.linspace(0.2, 1, len(kept))])
+        axes.plot(kept[-1:], told[-1:], "o", color=colour, label=layer)
+    axes.set(xlabel="of the layer before, $I(Z_l; Z_{l-1})$, bits", ylabel="of the label, $\\sum_i I(Z_{l,i}; Y)$, bits")
+    axes.grid(alpha=0.3)
+    if paths:
+        axes.legend(fontsize="x-small")
+    return figure
+
+
+def plot_ratios(
+    paths: Mapping[str, Sequence[tuple[float, float, float]]], points: Mapping[str, tuple[float, float, float]]
+) -> Figure:
+    """Error against what is left of a network's units and of its weights, as PIBprune compares itself with others.
+
+    Args:
+        paths: Name of a run to R_n, R_w and error at its moments, all in percent.
+        points: Name of a published network to the same.
+
+    Returns:
+        On the left over R_n, on the right over R_w: a line a run, and a labelled cross a published network.
+
+    Source: PIBprune, figures 4.8.1c and d, 4.8.2c and d.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for index, (axes, name) in enumerate(zip(figure.subplots(1, 2), ("R_n", "R_w"), strict=True)):
+        for (run, path), colour in zip(paths.items(), cycle(_PALETTE)):
+            values = np.array(path, dtype=float).reshape(-1, 3)
+            axes.plot(values[:, index], values[:, 2], "o-", color=colour, markersize=4, linewidth=1, label=run)
+        for label, point in points.items():
+            axes.plot(point[index], point[2], "x", color="black")
+            axes.annotate(
+                label, (point[index], point[2]), xytext=(2, 3), textcoords="offset points", fontsize="x-small", rotation=45
+            )
+        axes.set(xlabel=f"${name}$, %", ylabel="error, %", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+        if paths:
+            axes.legend(fontsize="x-small")
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from operator import index
 from pathlib import Path
 from types import MappingProxyType
@@ -72,7 +72,7 @@ class Recipe:
         return {layer: len(channels) for layer, channels in self.keep.items()}
 
     def then(self, following: Recipe) -> Recipe:
-        """One recipe for two cuts in a row.
+        """One recipe for two cuts in a row; its method is ``"a then b"``, or of the same one twice ``"a, 2 times"``.
 
         Args:
             following: A recipe made on the network that this one has cut.
@@ -103,9 +103,9 @@ class Recipe:
         # Layers that only the second forward ran were whole until then.
         later = {layer: width for layer, width in following.original.items() if layer not in self.keep}
         original = {**later, **self.original} if self.original or not self.keep else {}
-        methods = [recipe.method for recipe in (self, following) if recipe.keep] or [following.method]
+        methods = [method for recipe in (self, following) if recipe.keep for method in single_methods(recipe.method)]
         padded = {**self.padded, **following.padded}
-        return Recipe(keep=keep, method=" then ".join(methods), original=original, padded=padded)
+        return Recipe(keep=keep, method=joint_method(methods) or following.method, original=original, padded=padded)
 
     def renamed(self, *, add: str = "", drop: str = "") -> Recipe:
         """The same recipe for a network that holds this one's as a submodule, or is held by it.
@@ -166,6 +166,31 @@ class Recipe:
         except ValueError as error:  # no JSON, or no text at all
             raise ValueError(f"{path} is not a recipe: {error}.") from error
         return cls.from_dict(data)
+
+
+def single_methods(method: str) -> list[str]:
+    """What a recipe's method says of each cut, one by one.
+
+    Example:
+        >>> single_methods("a then b, 2 times")
+        ['a', 'b', 'b']
+    """
+    found = []
+    for part in method.split(" then ") if method else []:
+        name, _, count = part.removesuffix(" times").rpartition(", ") if part.endswith(" times") else ("", "", "")
+        found += [name] * int(count) if name and count.isdigit() else [part]
+    return found
+
+
+def joint_method(methods: Iterable[str]) -> str:
+    """Inverse of :func:`single_methods`: methods in a row that are the same are said once.
+
+    Example:
+        >>> joint_method(["a", "b", "b"])
+        'a then b, 2 times'
+    """
+    counted = [(method, sum(1 for _ in alike)) for method, alike in groupby(methods)]
+    return " then ".join(method if count == 1 else f"{method}, {count} times" for method, count in counted)
 
 
 def _indices(layer: str, channels: Iterable[int]) -> tuple[int, ...]:

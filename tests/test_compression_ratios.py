@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_compress import Recipe, cut
+from lit_compress import Recipe, analyze, cut
 from lit_compress.metrics import CompressionRatios
 from lit_compress.models import MLP, LeNet5, ResNetCIFAR
 
@@ -49,6 +49,18 @@ def test_two_cuts_are_relative_to_the_network_as_it_was_built():
     assert ratios(cut_to(twice, dict.fromkeys(names, 6), inputs), inputs) == ratios(
         cut_to(once, dict.fromkeys(names, 6), inputs), inputs
     )
+
+
+def test_an_analysis_foresees_them_and_remembers_earlier_cuts():
+    network, inputs = LeNet5(), torch.rand(3, 1, 28, 28)
+    cut_to(network, {"conv2": 30}, inputs)
+    analysis = analyze(network, [inputs], method="magnitude")
+    assert analysis.ratios() == pytest.approx(ratios(network, inputs))
+    recipe = analysis.recipe(keep_channels=0.5)
+    foreseen = analysis.ratios(recipe)
+    cut(network, recipe, inputs)
+    assert foreseen == pytest.approx(ratios(network, inputs))
+    assert max(foreseen.values()) < 0.6
 
 
 def test_needs_a_network():

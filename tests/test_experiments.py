@@ -123,3 +123,50 @@ def test_dimensions_and_permutations_are_compared(data_dir, root, tmp_path):
     assert {one["kind"] for one in runs if one["part"] == "regression"} == {"riffle", "random"}
     assert "| tucker | 5 |" in shown
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("row", "epochs"),
+    [
+        ("120-100 A", 12),
+        ("300-100 VIB", 6),
+        pytest.param("120-100 A, max_drop", 12, marks=pytest.mark.long),
+        pytest.param("300-100 C", 3, marks=pytest.mark.long),
+    ],
+)
+def test_rows_of_the_information_bottleneck_run_on_digits(row, epochs, root, tmp_path):
+    arguments = ["--digits", "--rows", row, "--seeds", "0", "--epochs", str(epochs)]
+    arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "p")]
+    shown = run(root, "pib_mnist", arguments)
+    (one,) = json.loads((tmp_path / "p.json").read_text())
+    assert (one["row"], one["seed"], len(one["epochs"])) == (row, 0, epochs)
+    assert one["after"]["R_w"] <= one["before"]["R_w"] == 1
+    assert f"| {row} | ours | {'-'.join(map(str, one['after']['widths']))} |" in shown
+    assert "| 4.3 | LeNet-5 C | ours | open |" in shown
+    again = run(root, "pib_mnist", arguments)
+    assert f"{row}, seed 0" in shown
+    assert f"{row}, seed 0" not in again
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", ["LeNet-5 C", "LeNet-5 VIB"])
+def test_rows_of_lenet_5_run_on_mnist(row, data_dir, root, tmp_path):
+    arguments = ["--data", str(data_dir("MNIST")), "--rows", row, "--seeds", "0", "--epochs", "3"]
+    run(root, "pib_mnist", [*arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "p")])
+    (one,) = json.loads((tmp_path / "p.json").read_text())
+    assert one["after"]["error"] < 0.2
+    assert (tmp_path / "p_ratios_4.3.png").stat().st_size > 1000
+
+
+def test_all_methods_are_compared_on_digits_at_equal_size(root, tmp_path):
+    arguments = ["--digits", "--seeds", "0", "--epochs", "2", "--fine_tune", "1", "--looks", "1", "--randoms", "1"]
+    shown = run(root, "compare_methods", [*arguments, "--out", str(tmp_path / "c")])
+    runs = json.loads((tmp_path / "c.json").read_text())
+    methods = {"PFA-KL", "PFA-En", "PIB", "VIB", "FP", "NS", "random"}
+    assert {one["method"] for one in runs} == methods | {"uncut"}
+    for size, share in (("20 %", 0.2), ("10 %", 0.1), ("5 %", 0.05)):
+        sizes = {one["method"]: one["parameters"] for one in runs if one["size"] == size}
+        assert sizes.keys() == methods - {"PFA-KL"}
+        assert all(0.9 * share < found <= share for found in sizes.values()), sizes
+    assert "| 20 % | VIB |" in shown
+    assert (tmp_path / "c.png").stat().st_size > 1000

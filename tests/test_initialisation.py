@@ -3,12 +3,14 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lit_compress import Recipe, cut, reinitialize
+from lit_compress.initialisation import initialize
 from lit_compress.models import MLP, VGGCIFAR, LeNet5, ResNetCIFAR, SimpleCNN
 from tests.modules import same
 
@@ -56,6 +58,27 @@ def test_lenets_begin_xavier_uniform_and_wider_before_a_sigmoid(build, activatio
         # Of n uniform numbers the largest falls short of the bound by 1 / n of it in the mean; five of these.
         assert bound * (1 - 5 / layer.weight.numel()) < layer.weight.abs().max() <= bound
         assert not layer.bias.any()
+
+
+@pytest.mark.parametrize(("activation", "gain"), [("relu", 1), ("sigmoid", 4)])
+def test_orthonormal_weights_keep_lengths_but_for_the_gain(activation, gain):
+    """Of a layer with more filters than inputs the columns, of others the rows: by the singular values, all the same."""
+    net = LeNet5(activation=activation, weights="orthonormal")
+    nn.init.ones_(net.conv1.bias)
+    reinitialize(net)  # by its own rule
+    for layer in (net.conv1, net.conv2, net.fc1, net.fc2):
+        values = torch.linalg.svdvals(layer.weight.detach().double().flatten(1))
+        np.testing.assert_allclose(values, 1 if layer is net.fc2 else gain, rtol=1e-5)  # drawn in single precision
+        assert not layer.bias.any()
+
+
+def test_any_network_can_begin_orthonormal_and_an_unknown_rule_is_told():
+    net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(6, 9, bias=False))
+    initialize(net, gain=2)
+    torch.testing.assert_close(net[0].weight.flatten(1) @ net[0].weight.flatten(1).T, 4 * torch.eye(3))
+    torch.testing.assert_close(net[2].weight.T @ net[2].weight, 4 * torch.eye(6))
+    with pytest.raises(ValueError, match=r"`weights` must be one of \['orthonormal', 'xavier'\] but got 'orthogonal'"):
+        LeNet5(weights="orthogonal")
 
 
 def test_new_weights_follow_the_global_generator():

@@ -15,7 +15,8 @@ from torch import nn
 
 from lit_compress import Recipe, analyze, count_mult_adds, count_parameters
 from lit_compress.callbacks import CompressionMonitor, PFAPruning
-from lit_compress.pictures import plot_spectra, plot_widths
+from lit_compress.metrics import CompressionRatios
+from lit_compress.pictures import plot_information, plot_information_plane, plot_ratios, plot_spectra, plot_widths
 from lit_compress.report import Latency, LayerRow, LayerTable, measure_latency
 from lit_compress.selection import pfa
 from tests.modules import Small, fit_theirs, new_trainer, small_loaders
@@ -23,7 +24,7 @@ from tests.networks import Net
 
 METRICS = ("right", "area", "mean", "loss", "total")
 WIDTHS = ("body.0", "body.3", "head")
-SIZES = ["compress/parameters", "compress/mult_adds", "compress/latency_ms"]
+SIZES = ["compress/parameters", "compress/mult_adds", "compress/latency_ms", "compress/R_n", "compress/R_w"]
 AT_THE_CUT = {
     *SIZES,
     *(f"compress/width/{layer}" for layer in WIDTHS),
@@ -44,6 +45,10 @@ def check_values(logged, module, trainer, pruning):
     final = trainer.callback_metrics
     assert logged["compress/parameters"] == count_parameters(module)
     assert logged["compress/mult_adds"] == count_mult_adds(module, torch.zeros(1, 1, 8, 8))
+    ratios = CompressionRatios()
+    ratios.update(module, torch.zeros(1, 1, 8, 8))
+    for name, ratio in ratios.compute().items():
+        assert logged[f"compress/{name}"] == pytest.approx(float(ratio), rel=1e-5)
     for layer in WIDTHS:
         assert logged[f"compress/width/{layer}"] == len(module.get_submodule(layer).weight)
     report = pruning.reports[-1]
@@ -308,6 +313,33 @@ def test_widths_are_drawn_side_by_side():
     (axes,) = plot_widths({"a": 8, "b": 4}, {"a": 3}).axes
     assert [bar.get_height() for bar in axes.patches] == [8, 4, 3, 4]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_information_is_drawn_over_time_with_its_fall_at_a_cut():
+    (axes,) = plot_information([(0, {"a": 1.0}), (1, {"a": 5.0, "b": 2.0}), (1, {"a": 3.0, "b": 1.0})], cuts=[1]).axes
+    first, second, mark = axes.lines
+    assert first.get_xydata().tolist() == [[0, 1], [1, 5], [1, 3]]
+    assert second.get_xydata().tolist() == [[1, 2], [1, 1]]
+    assert list(mark.get_xdata()) == [1, 1]
+    plot_information([])
+
+
+def test_the_information_plane_has_a_path_and_its_end_for_each_layer():
+    (axes,) = plot_information_plane({"a": [(1, 2), (3, 4)], "b": [(5, 6)]}).axes
+    path, end, _, other_end = axes.lines
+    assert path.get_xydata().tolist() == [[1, 2], [3, 4]]
+    assert end.get_xydata().tolist() == [[3, 4]]
+    assert other_end.get_xydata().tolist() == [[5, 6]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_error_is_drawn_over_both_ratios_beside_published_points():
+    left, right = plot_ratios({"run": [(100, 100, 2.0), (30, 20, 2.5)]}, {"VIBNet": (27, 22, 1.6)}).axes
+    for axes, sizes, published in ((left, [100, 30], 27), (right, [100, 20], 22)):
+        path, point = axes.lines
+        assert path.get_xydata().tolist() == [[sizes[0], 2.0], [sizes[1], 2.5]]
+        assert point.get_xydata().tolist() == [[published, 1.6]]
+        assert [text.get_text() for text in axes.texts] == ["VIBNet"]
 
 
 def test_a_table_of_layers_reads_as_text():

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_compress import Recipe, analyze, count_mult_adds, count_parameters, cut
-from lit_compress.callbacks import CompressionMonitor, PFAPruning
+from lit_compress.callbacks import CompressionMonitor, PFAPruning, VIBPruning
 from lit_compress.cli import main
 from lit_compress.graph import trace
 from lit_compress.history import Gauge, Moment, SizeHistory, Sizes
@@ -226,6 +226,15 @@ def test_several_pruning_callbacks_and_cuts_by_hand_are_all_events(tmp_path):
     assert Recipe.load(tmp_path / "compress" / "recipe.json").widths["body.0"] == 2
 
 
+def test_the_gates_of_vib_are_no_part_of_the_size(tmp_path):
+    watch, vib = CompressionMonitor(), VIBPruning(at_epoch=1, keep_params=0.6)
+    module = Theirs()
+    whole = count_parameters(module)
+    fit_theirs(tmp_path, vib, watch, module=module, max_epochs=2, enable_checkpointing=False)
+    assert [moment.sizes.parameters for moment in watch.history.moments] == [whole, count_parameters(module)]
+    assert count_parameters(module) <= 0.6 * whole
+
+
 def test_a_cut_that_removes_nothing_is_no_event(tmp_path):
     watch = CompressionMonitor()
     callbacks = PFAPruning(energy=0.8, min_width=16, at_epoch=1), PFAPruning(energy=0.8, at_epoch=2)
@@ -400,7 +409,7 @@ def test_a_monitor_that_joins_a_resumed_run_knows_the_network_as_it_was_built(tm
     watch = CompressionMonitor()
     fit_theirs(tmp_path / "on", twice(), watch, max_epochs=4, ckpt_path=tmp_path / "epoch=2.ckpt", enable_checkpointing=False)
     start, now = watch.history.moments
-    assert (start.epoch, now.epoch, now.cut) == (3, 3, "pfa(energy=0.9) then pfa(energy=0.9)")
+    assert (start.epoch, now.epoch, now.cut) == (3, 3, "pfa(energy=0.9), 2 times")
     assert (start.sizes.parameters, now.sizes.parameters) == (count_parameters(Theirs()), count_parameters(module))
 
 

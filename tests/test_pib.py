@@ -77,6 +77,30 @@ def test_the_recorded_vectors_are_met():
     assert pib.least_width(exact, "C") == RECORDED["MinWidth_C_plugin"]
 
 
+@pytest.mark.parametrize("shape", [(40, 5), (40, 5, 3, 2)], ids=str)
+def test_what_units_tell_of_the_label_is_the_mutual_information_of_bit_and_label(shape):
+    """By the joint distribution written out, one bit at a time."""
+    q, labels = activations(*shape, seed=2), torch.arange(40) % 3 * 5
+    expected = []
+    for channel in range(5):
+        total = 0.0
+        for unit in q[:, channel].reshape(40, -1).T.tolist():
+            joint = {(bit, int(label)): 0.0 for bit in (0, 1) for label in labels}
+            for chance, label in zip(unit, labels.tolist(), strict=True):
+                joint[1, label] += chance / 40
+                joint[0, label] += (1 - chance) / 40
+            of_bit = {bit: sum(p for (b, _), p in joint.items() if b == bit) for bit in (0, 1)}
+            of_label = {int(label): sum(p for (_, y), p in joint.items() if y == label) for label in labels}
+            total += sum(p * math.log2(p / (of_bit[b] * of_label[y])) for (b, y), p in joint.items() if p > 0)
+        expected.append(total)
+    np.testing.assert_allclose(pib.relevance(q, labels), expected, atol=1e-12)
+
+
+def test_what_units_tell_needs_a_label_each():
+    with pytest.raises(ValueError, match=r"one label a sample but got \(3,\) for activations \(4, 2\)"):
+        pib.relevance(torch.rand(4, 2), torch.zeros(3))
+
+
 def test_jensen_is_a_bound_on_the_exact_marginal():
     q = activations(50, 20, 2, 2, seed=3)
     jensen, exact = pib.entropies(q), pib.entropies(q, "exact")

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import seed_everything
 from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -183,6 +184,7 @@ def test_slimming_needs_norms(tmp_path):
         (lambda: SlimmingPruning(keep_params=0.5, strength=-1), "`strength` must not be negative"),
         (lambda: PIBPruning(variant="D"), "`variant` must be"),
         (lambda: PIBPruning(marginal="mean"), "`marginal` must be"),
+        (lambda: PIBPruning(information_every_n_epochs=0), "`information_every_n_epochs` must be at least 1 or None"),
         (lambda: VIBPruning(kl_scale=-1), "`kl_scale` must not be negative"),
         (lambda: VIBPruning(gate_lr=0), "`gate_lr` must be positive"),
         (lambda: VIBPruning(map_scale="width"), "`map_scale` must be"),
@@ -239,6 +241,53 @@ def test_pib_cuts_by_the_first_hundred_validation_samples_drawn(tmp_path):
     assert list(recipe.keep["net.layers.fc1"]) == kept["first"]
     assert list(recipe.keep["net.layers.fc2"]) == kept["second"]
     assert recipe.method == "pib(variant=C, marginal=jensen)"
+
+
+def test_pib_logs_the_information_of_each_layer_over_the_run_and_draws_it(tmp_path):
+    """Before each epoch, after each cut and at the end; by hand from the weights of that moment."""
+    expected, rows = [], []
+
+    def note(trainer, pl_module):
+        with torch.no_grad():
+            first = pl_module.net.layers.fc1(images).sigmoid()
+            units = {"net.layers.fc1": first, "net.layers.fc2": pl_module.net.layers.fc2(first).sigmoid()}
+        expected.append({name: float(pib.entropies(q).information.sum()) for name, q in units.items()})
+
+    class Watched(PIBPruning):
+        def cut_now(self, trainer, pl_module):
+            super().cut_now(trainer, pl_module)
+            note(trainer, pl_module)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            note(trainer, pl_module)
+            super().on_train_epoch_start(trainer, pl_module)
+
+        def on_train_end(self, trainer, pl_module):
+            note(trainer, pl_module)
+            super().on_train_end(trainer, pl_module)
+
+    class Rows(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            rows.append(dict(metrics))
+
+    images = torch.stack([image for image, _ in digits(1000, 100)]).flatten(1)
+    callback = Watched(every_n_epochs=2, max_cuts=1, stop=False, evaluate=False)
+    new_trainer(tmp_path, callback, max_epochs=4, logger=Rows(tmp_path)).fit(lenet(), train_loader(), val_loader(100))
+    assert [epochs for epochs, _ in callback.information] == [0, 1, 2, 2, 3, 4]
+    for (_, found), by_hand in zip(callback.information, expected, strict=True):
+        assert found == pytest.approx(by_hand, rel=1e-5)
+    name = "compress/information/net.layers.fc1"
+    logged = [row[name] for row in rows if name in row and "compress/parameters" not in row]  # the cut's own row says it again
+    assert logged == [bits["net.layers.fc1"] for _, bits in callback.information]
+    assert callback.information[3][1]["net.layers.fc1"] < callback.information[2][1]["net.layers.fc1"]
+    assert list(tmp_path.glob("**/information_over_time.png"))
+
+
+def test_pib_looks_as_often_as_it_is_told(tmp_path):
+    for every, epochs in ((2, [0, 2, 3, 4]), (None, [])):  # with the cut before epoch 3, and the end
+        callback = PIBPruning(at_epoch=3, information_every_n_epochs=every, evaluate=False)
+        new_trainer(tmp_path, callback, max_epochs=4).fit(lenet(), train_loader(), val_loader(100))
+        assert [epoch for epoch, _ in callback.information] == epochs
 
 
 def test_layers_without_a_sigmoid_are_refused_by_name_before_training(tmp_path):

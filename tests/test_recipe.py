@@ -97,6 +97,14 @@ def test_a_method_is_written_down_once_for_each_cut_that_removed_something():
     assert nothing.then(first).then(nothing).method == "1"
 
 
+def test_the_same_method_many_times_is_said_once():
+    first, second = Recipe(keep={"a": (0, 1)}, method="pib(C), and so on"), Recipe(keep={"a": (0, 1)}, method="2 times")
+    assert first.then(first).then(first).then(second).method == "pib(C), and so on, 3 times then 2 times"
+    pair = first.then(second)
+    left, right = first.then(pair).then(pair).method, first.then(pair.then(pair)).method
+    assert left == right == "pib(C), and so on, 2 times then 2 times then pib(C), and so on then 2 times"
+
+
 def test_a_layer_that_only_the_second_forward_ran_joins_the_fingerprint():
     first = Recipe(keep={"a": (0, 2)}, original={"a": 4, "b": 5})
     both = first.then(Recipe(keep={"head": (1,)}, original={"a": 2, "head": 3}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -73,9 +72,8 @@ class CompressionRatios(Metric):
         shapes = {**graph.shapes, **({} if plan is None else plan.shapes)}
         samples = batch_size(example_inputs)
         for counts, sizes in ((self.left, graph.shapes), (self.built, shapes)):
-            outputs = sum(sizes[use.weight][use.out_dim] * use.positions // samples for use in graph.uses)
-            weights = sum(prod(sizes[weight]) for weight in {use.weight for use in graph.uses})
-            counts += torch.tensor([outputs, weights], dtype=torch.float64, device=counts.device)
+            outputs, weights = graph.outputs_and_weights(sizes)
+            counts += torch.tensor([outputs / samples, weights], dtype=torch.float64, device=counts.device)
 
     @override
     def compute(self) -> dict[str, Tensor]:

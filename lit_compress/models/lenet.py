@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lit_compress.initialisation import Weights, initialize
+
 Activation = Literal["relu", "sigmoid"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
@@ -18,21 +20,22 @@ _GAINS: dict[str, float] = {"relu": 1.0, "sigmoid": 4.0}
 class MLP(nn.Module):
     """Fully connected network with one activation after every layer but the last.
 
-    Layers are called ``fc1``, ``activation1``, ``fc2``, … in ``layers``. Weights are Xavier-uniform, four times as wide before a
-    sigmoid, and biases zero.
+    Layers are called ``fc1``, ``activation1``, ``fc2``, … in ``layers``. Weights begin four times as wide before a sigmoid, and
+    biases at zero.
 
     Args:
         in_features: Numbers in one sample, after flattening.
         hidden: Width of each hidden layer, e.g. ``(120, 100)``.
         num_classes: Width of the output.
         activation: What follows every hidden layer.
+        weights: How they begin, as for :func:`~lit_compress.initialisation.initialize`.
 
     Shape:
         - input: ``(N, *)`` with ``in_features`` numbers a sample.
         - output: logits ``(N, num_classes)``.
 
     Raises:
-        ValueError: If a width is below 1 or the activation is unknown.
+        ValueError: If a width is below 1, or the activation or the rule for the weights is unknown.
 
     Source: *Parametric Information Bottleneck* pruning (PIBprune), table 4.1, sigmoid 120-100-10, 1000-200-10, 1000-500-10.
 
@@ -42,7 +45,14 @@ class MLP(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, in_features: int, hidden: Sequence[int], num_classes: int, activation: Activation = "relu") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        num_classes: int,
+        activation: Activation = "relu",
+        weights: Weights = "xavier",
+    ) -> None:
         super().__init__()
         widths = (in_features, *hidden, num_classes)
         if min(widths) < 1:
@@ -55,11 +65,12 @@ class MLP(nn.Module):
             if number <= len(hidden):
                 self.layers.add_module(f"activation{number}", unit())
         self.activation: Activation = activation
+        self.weights: Weights = weights
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, in place, at the widths that the layers have now."""
-        _init_xavier(self, self.activation, output=self.layers[-1])
+        initialize(self, self.weights, gain=_GAINS[self.activation], output=self.layers[-1])
 
     def forward(self, samples: Tensor) -> Tensor:
         """Logits of a batch."""
@@ -74,13 +85,14 @@ class LeNet300100(MLP):
         in_features: Numbers in one image: 784 for MNIST, 64 for the 8×8 digits.
         num_classes: Width of the output.
         activation: What follows both hidden layers: ``"relu"``, or ``"sigmoid"`` as PIBprune needs it.
+        weights: How they begin: ``"xavier"``, or ``"orthonormal"`` as PIBprune has it.
 
     Shape:
         - input: images ``(N, *)`` with ``in_features`` numbers each; they are flattened.
         - output: logits ``(N, num_classes)``.
 
     Raises:
-        ValueError: If a width is below 1 or the activation is unknown.
+        ValueError: If a width is below 1, or the activation or the rule for the weights is unknown.
 
     Source: LeCun et al., *Gradient-Based Learning Applied to Document Recognition*, 1998; pruned in PIBprune, table 4.2.
 
@@ -90,8 +102,10 @@ class LeNet300100(MLP):
         torch.Size([2, 10])
     """
 
-    def __init__(self, in_features: int = 784, num_classes: int = 10, activation: Activation = "relu") -> None:
-        super().__init__(in_features, hidden=(300, 100), num_classes=num_classes, activation=activation)
+    def __init__(
+        self, in_features: int = 784, num_classes: int = 10, activation: Activation = "relu", weights: Weights = "xavier"
+    ) -> None:
+        super().__init__(in_features, hidden=(300, 100), num_classes=num_classes, activation=activation, weights=weights)
 
 
 class LeNet5(nn.Module):
@@ -100,21 +114,23 @@ class LeNet5(nn.Module):
     Two unpadded 5×5 convolutions, each followed by the activation and then by a 2×2 max-pool, and two fully connected layers
     with the activation between. Caffe's own net has no activation after the convolutions; here it stands there too, because
     a method that reads units as probabilities needs a sigmoid on *every* hidden layer. (Max-pooling before or after a
-    rising activation gives the same numbers.) Weights are Xavier-uniform as in Caffe, four times as wide before a sigmoid, and
-    biases zero.
+    rising activation gives the same numbers.) Weights begin Xavier-uniform as in Caffe, four times as wide before a sigmoid, and
+    biases at zero.
 
     Args:
         in_channels: Channels of an image.
         num_classes: Width of the output.
         activation: What follows ``conv1``, ``conv2`` and ``fc1``.
         image_size: Height and width of an image in pixels, at least 16.
+        weights: How they begin, as for :func:`~lit_compress.initialisation.initialize`.
 
     Shape:
         - input: images ``(N, in_channels, image_size, image_size)``.
         - output: logits ``(N, num_classes)``.
 
     Raises:
-        ValueError: If the images are too small for the two convolutions and pools, or the activation is unknown.
+        ValueError: If the images are too small for the two convolutions and pools, or the activation or the rule for the weights
+            is unknown.
 
     Source: the LeNet that Caffe ships for MNIST, after LeCun et al., 1998; pruned in PIBprune, table 4.3.
 
@@ -125,7 +141,12 @@ class LeNet5(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int = 1, num_classes: int = 10, activation: Activation = "relu", image_size: int = 28
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        activation: Activation = "relu",
+        image_size: int = 28,
+        weights: Weights = "xavier",
     ) -> None:
         super().__init__()
         if image_size < 16:
@@ -146,11 +167,12 @@ class LeNet5(nn.Module):
         self.activation3 = unit()
         self.fc2 = nn.Linear(500, num_classes)
         self.activation: Activation = activation
+        self.weights: Weights = weights
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, in place, at the widths that the layers have now."""
-        _init_xavier(self, self.activation, output=self.fc2)
+        initialize(self, self.weights, gain=_GAINS[self.activation], output=self.fc2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch."""
@@ -164,11 +186,3 @@ def _activation(name: str) -> type[nn.Module]:
     if name not in _ACTIVATIONS:
         raise ValueError(f"Argument `activation` must be one of {sorted(_ACTIVATIONS)} but got {name!r}.")
     return _ACTIVATIONS[name]
-
-
-def _init_xavier(network: nn.Module, activation: Activation, output: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight, gain=1.0 if module is output else _GAINS[activation])
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -81,6 +81,37 @@ def entropies(q: Tensor, marginal: Marginal = "jensen") -> Entropies:
     return from_sums(sums, len(q), marginal)
 
 
+def relevance(q: Tensor, labels: Tensor) -> Tensor:
+    r"""What each unit tells of the label, :math:`I(Z_i; Y) = h(\bar p_i) - \sum_y p(y) \, h(\bar p_{i,y})`, in bits.
+
+    :math:`\bar p_{i,y}` is the mean activation over the samples of label y: exact, for a bit that is drawn with probability q.
+    Units tell the same in part, so that their sum may exceed the entropy of the label.
+
+    Args:
+        q: Activations ``(N, C)`` or ``(N, C, *spatial)`` in [0, 1].
+        labels: ``(N,)``, of any values.
+
+    Returns:
+        ``(C,)`` float64; of a convolution's channel the sum over its positions.
+
+    Raises:
+        ValueError: If ``q`` is no batch of activations in [0, 1], or there is not one label a sample.
+
+    Source: the second axis of the information plane, PIBprune, section 4.4.
+
+    Example:
+        >>> relevance(torch.tensor([[0.0, 0.5], [1.0, 0.5]]), torch.tensor([3, 8]))
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    if len(q) == 0 or labels.shape != q.shape[:1]:
+        raise ValueError(f"Expected one label a sample but got {tuple(labels.shape)} for activations {tuple(q.shape)}.")
+    bits = _bits(activation_sums(q)[0] / len(q))
+    for label in labels.unique():
+        of_label = q[labels == label]
+        bits = bits - len(of_label) / len(q) * _bits(activation_sums(of_label)[0] / len(of_label))
+    return bits.clamp(min=0).reshape(len(bits), -1).sum(1)
+
+
 def keep_units(found: Tensor | Entropies, variant: Variant = "A", *, marginal: Marginal = "jensen") -> Tensor:
     """Units that stay: all that carry at least half of what they can, and more if the layer's information needs the room.
 
