@@ -2,6 +2,7 @@
 
 from lit_compress.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lit_compress.datamodules.digits import DigitsDataModule
+from lit_compress.datamodules.image_patches import ImagePatchDataModule
 from lit_compress.datamodules.imagenet import ImageNetDataModule
 from lit_compress.datamodules.mnist import MNISTDataModule
 from lit_compress.datamodules.rotated_mnist import RotatedMNISTDataModule
@@ -14,6 +15,7 @@ __all__ = [
     "CIFAR100DataModule",
     "DigitsDataModule",
     "ImageNetDataModule",
+    "ImagePatchDataModule",
     "MNISTDataModule",
     "RotatedMNISTDataModule",
     "SegmentationDataModule",

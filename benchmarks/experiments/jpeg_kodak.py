@@ -92,7 +92,7 @@ def carry_over(runs: Runs, files: Sequence[Path], sizes: Sequence[float]) -> Non
                     learnt.append(jpeg_tables(list(files[:half]), bits))
                 return measured(read_image(file), learnt[0])
 
-            runs.get({"image": file.stem, "arm": "shared", "asked": bits}, shared)
+            runs.get({"image": file.stem, "arm": "shared", "asked": bits, "learnt_from": half}, shared)
 
 
 def gains(done: list[dict], arm: str, metric: str, against: str = "standard") -> dict[float, list[float]]:
@@ -110,8 +110,8 @@ def gains(done: list[dict], arm: str, metric: str, against: str = "standard") ->
 
 def table(done: list[dict]) -> str:
     """Gains over the standard's tables, and on how many images, as markdown."""
-    lines = ["| tables | asked, bits per pixel | " + " | ".join(f"{name}, dB | wins" for name in METRICS.values()) + " | images |"]
-    lines.append("|---|---|" + "---|---|" * len(METRICS) + "---|")
+    heads = " | ".join(f"{name}, dB | wins" for name in METRICS.values())
+    lines = [f"| tables | bits per pixel | {heads} | images |", "|---|---|" + "---|---|" * len(METRICS) + "---|"]
     for arm in (*ARMS, "shared"):
         columns = {metric: gains(done, arm, metric) for metric in METRICS}
         for asked in columns["psnr"]:
@@ -151,7 +151,8 @@ def picture(done: list[dict]) -> Figure:
         for arm in (*ARMS, "shared"):
             if found := gains(done, arm, metric):
                 axes.plot(list(found), [np.mean(each) for each in found.values()], marker="o", markersize=4, label=arm)
-                axes.fill_between(list(found), *zip(*((min(each), max(each)) for each in found.values()), strict=True), alpha=0.12)
+                lowest, highest = (list(map(of, found.values())) for of in (min, max))
+                axes.fill_between(list(found), lowest, highest, alpha=0.12)
         axes.set(title=name, xlabel="bits per pixel", ylabel="gain over the standard's tables, dB")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

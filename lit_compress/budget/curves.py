@@ -75,4 +75,5 @@ def _entropy(whole: Tensor) -> Tensor:
     bins = int(offsets.max()) + 1
     cells = offsets + bins * torch.arange(columns, device=whole.device)
     share = torch.bincount(cells.flatten(), minlength=bins * columns).reshape(columns, bins) / count
-    return torch.special.entr(share).sum(dim=1) / log(2)
+    entropy: Tensor = torch.special.entr(share).sum(dim=1) / log(2)
+    return entropy

@@ -1,6 +1,5 @@
 """Pictures of budgets: the split over time, error against what is spent, and images before and after."""
 
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,6 +7,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from lit_compress.budget.jpeg import decoded_jpeg, psnr
 
 
 def plot_split(names: Sequence[str], epochs: Sequence[float], shares: Sequence[Sequence[float]]) -> Figure:
@@ -58,12 +59,10 @@ def plot_jpegs(image: Image.Image, contents: Mapping[str, bytes], side: int = 25
     left, top = max(width - side, 0) // 2, max(height - side, 0) // 2
     figure = Figure(figsize=(3.2 * (1 + len(contents)), 3.6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, 1 + len(contents), squeeze=False).flat)
-    decoded = [image, *(Image.open(io.BytesIO(content)) for content in contents.values())]
+    decoded = [image, *(decoded_jpeg(content) for content in contents.values())]
     titles = ["original"]
     for (name, content), each in zip(contents.items(), decoded[1:], strict=True):
-        error = np.square(np.asarray(each, dtype=float) - np.asarray(image, dtype=float)).mean()
-        decibels = 10 * np.log10(255**2 / max(error, 1e-9))
-        titles.append(f"{name}\n{8 * len(content) / (width * height):.3f} bits per pixel, {decibels:.2f} dB")
+        titles.append(f"{name}\n{8 * len(content) / (width * height):.3f} bits per pixel, {psnr(image, each):.2f} dB")
     for axes, each, title in zip(panels, decoded, titles, strict=True):
         axes.imshow(np.asarray(each.crop((left, top, left + side, top + side))), cmap="gray", vmin=0, vmax=255)
         axes.set_title(title, fontsize="small")

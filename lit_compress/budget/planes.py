@@ -17,7 +17,9 @@ Planes = tuple[Tensor, ...]
 
 # Factors by which chroma planes are smaller, down and across.
 _FACTORS: dict[Subsampling, tuple[int, int]] = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}
-# Of JFIF: what red, green and blue get of both chroma planes.
+# Of JFIF: luma and both chroma planes, from red, green and blue.
+_FROM_PIXELS = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+# And back: what red, green and blue get of both chroma planes.
 _FROM_CHROMA = ((0.0, 1.402), (-0.344136, -0.714136), (1.772, 0.0))
 _MOST_PIXELS = 2**21  # that patches are drawn up to, so that learning does not take longer for more images
 
@@ -50,11 +52,14 @@ def image_planes(picture: Image.Image, subsampling: Subsampling) -> Planes:
         picture: Grey (``"L"``) or in colour (``"RGB"``).
         subsampling: Of chroma, by means of neighbours.
     """
+    pixels = torch.from_numpy(np.array(picture))
     if picture.mode == "L":
-        return (_tensor(picture)[None],)
-    luma, *chroma = picture.convert("YCbCr").split()
+        return (pixels[None],)
+    planes = torch.einsum("rc,hwc->rhw", torch.tensor(_FROM_PIXELS), pixels.float())
     down, across = chroma_factors(subsampling)
-    return _tensor(luma)[None], torch.stack([_tensor(plane.reduce((across, down))) for plane in chroma])
+    padded = F.pad(planes[1:], (0, -picture.width % across, 0, -picture.height % down), mode="replicate")
+    chroma = F.avg_pool2d(padded, (down, across)) + 128
+    return planes[:1].round().byte(), chroma.round().clamp(0, 255).byte()
 
 
 def pixels_of(planes: Planes) -> Tensor:
@@ -97,9 +102,7 @@ class ImagePatches(Dataset[Planes]):
         (1536, [torch.Size([1, 16, 16]), torch.Size([2, 8, 8])])
     """
 
-    def __init__(
-        self, pictures: Sequence[Image.Image], side: int, subsampling: Subsampling = "4:2:0", seed: int = 0
-    ) -> None:
+    def __init__(self, pictures: Sequence[Image.Image], side: int, subsampling: Subsampling = "4:2:0", seed: int = 0) -> None:
         modes = {picture.mode for picture in pictures}
         if modes not in ({"L"}, {"RGB"}):
             raise ValueError(f"Expected images that are all grey (L) or all in colour (RGB) but got {sorted(modes) or 'none'}.")
@@ -150,7 +153,3 @@ def _padded(picture: Image.Image, unit: int) -> Image.Image:
     right, bottom = -picture.width % unit, -picture.height % unit
     array = np.asarray(picture)
     return Image.fromarray(np.pad(array, [(0, bottom), (0, right), (0, 0)][: array.ndim], mode="edge"))
-
-
-def _tensor(plane: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(plane))

@@ -1,7 +1,7 @@
 """Quantisation steps as the split of a budget of bits, learnt by what they do to patches of images."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ class TableLearner(nn.Module):
         down, across = chroma_factors(subsampling)
         self.perceptual = _perceptual(loss)
         self.measures = noise == "measured"
+        self.colour = colour
         self.kinds = nn.ModuleList(_Kind(noise, decodes=loss == "mlp") for _ in range(1 + colour))
         self.weights = (1.0, _CHROMA_ERROR)[: 1 + colour]
         samples = (1.0, 2 / (down * across))[: 1 + colour]  # of each kind for a pixel
@@ -83,7 +84,8 @@ class TableLearner(nn.Module):
 
     def measure(self, planes: Planes) -> None:
         """Take the statistics of coefficients from patches, as :class:`~lit_compress.budget.planes.ImagePatches` stacks them."""
-        for kind, plane in zip(self._checked(planes), planes, strict=True):
+        self._check(planes)
+        for kind, plane in zip(self._kinds, planes, strict=True):
             kind.measure(_coefficients(plane))
 
     @torch.no_grad()
@@ -95,7 +97,7 @@ class TableLearner(nn.Module):
         """
         if self.measures:
             steps = torch.full((_COEFFICIENTS,), step, device=self.total.device)
-            bits = torch.cat([kind.curves.bits(steps) for kind in self.kinds]).clamp_min(_LEAST_BITS)
+            bits = torch.cat([kind.curves.bits(steps) for kind in self._kinds]).clamp_min(_LEAST_BITS)
             self.budget.logits.copy_((bits * self.budget.price).log())
 
     @torch.no_grad()
@@ -126,7 +128,7 @@ class TableLearner(nn.Module):
         Args:
             planes: ``luma (N, 1, S, S)`` and, in colour, ``chroma (N, 2, s, s')``.
         """
-        self._checked(planes)
+        self._check(planes)
         clean = [_coefficients(plane) for plane in planes]
         decoded = [kind(each, bits) for each, (kind, bits) in zip(clean, self._split(), strict=True)]
         if self.perceptual is None:
@@ -144,15 +146,18 @@ class TableLearner(nn.Module):
             self.perceptual.eval()
         return self
 
+    @property
+    def _kinds(self) -> list["_Kind"]:
+        return cast("list[_Kind]", list(self.kinds))
+
     def _split(self, total: float | None = None) -> list[tuple["_Kind", Tensor]]:
         bits = self.budget.resources(self.total if total is None else total).split(_COEFFICIENTS)
-        return list(zip(self.kinds, bits, strict=True))  # type: ignore[arg-type]
+        return list(zip(self._kinds, bits, strict=True))
 
-    def _checked(self, planes: Planes) -> nn.ModuleList:
-        if len(planes) != len(self.kinds):
-            seen, wanted = ("in colour" if count == 2 else "grey" for count in (len(planes), len(self.kinds)))
+    def _check(self, planes: Planes) -> None:
+        if len(planes) != 1 + self.colour:
+            seen, wanted = ("in colour" if colour else "grey" for colour in (len(planes) == 2, self.colour))
             raise ValueError(f"The images are {seen}, but the tables are made for images that are {wanted}.")
-        return self.kinds
 
 
 class _Kind(nn.Module):
@@ -168,8 +173,9 @@ class _Kind(nn.Module):
         self._describe(blank)
         self.decoder = NormedMLP(_COEFFICIENTS, (128,), _COEFFICIENTS) if decodes else None
         if self.decoder is not None:  # begins as JPEG's own decoder
-            nn.init.zeros_(self.decoder.layers.output.weight)
-            nn.init.zeros_(self.decoder.layers.output.bias)
+            last = cast(nn.Linear, self.decoder.layers[-1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def measure(self, coefficients: Tensor) -> None:
         self.scale.copy_(coefficients.std(dim=0) + 1e-3)
@@ -210,9 +216,7 @@ def _perceptual(loss: TableLoss) -> PerceptualLoss | None:
 def _dissimilarity(decoded: Tensor, original: Tensor) -> Tensor:
     if min(original.shape[-2:]) < _MS_SSIM_SIDE:
         raise ValueError(f"MS-SSIM needs {_MS_SSIM_SIDE} pixels a side but the patches have {tuple(original.shape[-2:])}.")
-    similarity = multiscale_structural_similarity_index_measure(decoded, original, data_range=1.0)
-    assert isinstance(similarity, Tensor)
-    return 1 - similarity
+    return 1 - multiscale_structural_similarity_index_measure(decoded, original, data_range=1.0)
 
 
 def _coefficients(plane: Tensor) -> Tensor:

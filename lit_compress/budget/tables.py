@@ -67,7 +67,7 @@ def jpeg_tables(
     """
     pictures = [read_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
     learner = TableLearner(bool(pictures) and pictures[0].mode == "RGB", subsampling, loss, noise)
-    unit = unit_side(len(learner.kinds) == 2, subsampling)
+    unit = unit_side(learner.colour, subsampling)
     perceptual = learner.perceptual is not None
     if perceptual and pictures:
         least = min(min(picture.size) for picture in pictures)
