@@ -279,33 +279,42 @@ def flat_learner(patches, step, **arguments):
 
 
 def test_training_sees_what_a_decoder_shows_of_the_file():
-    image = Image.fromarray(natural(64).permute(1, 2, 0).numpy())
-    patches = ImagePatches([image], side=64)
+    generator = torch.Generator().manual_seed(0)
+    noisy = natural() / 2 + 127 * torch.rand(3, 192, 192, generator=generator)  # no coefficient is always 0
+    image = Image.fromarray(noisy.byte().permute(1, 2, 0).numpy())
+    patches = ImagePatches([image], side=192, subsampling="4:4:4")
     seen = []
-    learner = flat_learner(patches, 16.0, loss=lambda decoded, original: seen.append((decoded, original)) or decoded.sum())
+    learner = flat_learner(
+        patches,
+        16.0,
+        subsampling="4:4:4",
+        loss=lambda decoded, original: seen.append((decoded, original)) or decoded.sum(),
+    )
     learner(patches.planes)
     tables = JPEGTables((16,) * 64, (16,) * 64)
     assert learner.tables() == tables
-    decoded = torch.from_numpy(np.array(decoded_jpeg(encode_jpeg(image, tables)))).permute(2, 0, 1)
-    # Coefficients near the middle of two steps may go either way, as the encoder works in whole numbers.
-    assert (255 * seen[0][0][0] - decoded).abs().mean() < 0.7
-    assert (255 * seen[0][1][0] - natural(64)).abs().mean() < (decoded - natural(64).float()).abs().mean()
+    decoded = torch.from_numpy(np.array(decoded_jpeg(encode_jpeg(image, tables, "4:4:4")))).permute(2, 0, 1)
+    ours, original = (255 * each[0] for each in seen[0])
+    # Encoder and decoder work in whole numbers, so coefficients near the middle of two steps may go either way: 1.2 levels.
+    # Steps that were 1 % off would show as 2.
+    assert (ours - decoded).abs().mean() < 1.4
+    assert (original - decoded).abs().mean() > 4
 
 
-def test_the_gradient_of_the_split_is_that_of_the_error_at_larger_and_smaller_totals():
-    patches = ImagePatches([Image.fromarray(natural(64)[0].numpy())], side=64)
+def test_the_gradient_is_that_of_the_error_at_larger_and_smaller_totals():
+    patches = ImagePatches([Image.fromarray(natural()[0].numpy())], side=192)
     learner = flat_learner(patches, 16.0)
+    total = learner.total.item()
     learner.total.requires_grad_()
     learner(patches.planes).backward()
-    total = float(learner.total)
 
+    @torch.no_grad()
     def loss_at(share):
-        with torch.no_grad():
-            learner.total.fill_(total * share)
-            return float(learner(patches.planes))
+        learner.total.fill_(total * share)
+        return learner(patches.planes).item()
 
-    # Piecewise linear curves, an octave's quarter a piece, and few blocks: the slopes agree roughly, not to a digit.
-    assert float(learner.total.grad) == pytest.approx((loss_at(1.05) - loss_at(0.95)) / (0.1 * total), rel=0.15)
+    # Over several pieces of the curves, so the slopes agree roughly.
+    assert learner.total.grad.item() == pytest.approx((loss_at(1.1) - loss_at(0.9)) / (0.2 * total), rel=0.2)
 
 
 def best_by_lagrange(image, bits):
@@ -338,23 +347,24 @@ def test_tables_for_squared_error_come_near_the_best_and_beat_the_standard_s(bit
     def decibels(tables):
         return psnr(image, decoded_jpeg(encode_jpeg(image, tables)))
 
+    sizes = FileSizes([image], "4:2:0")
     learnt = decibels(jpeg_tables(image, bits))
     best = decibels(best_by_lagrange(image, bits))
-    standard = FileSizes([image], "4:2:0").standard_quality(bits)
     assert learnt > best - 0.1
-    assert learnt > max(decibels(standard_tables(quality)) for quality in (standard, standard + 1)) + 0.2
+    larger = next(standard_tables(quality) for quality in range(1, 101) if sizes.of(standard_tables(quality)) >= bits)
+    assert learnt > decibels(larger)
 
 
 def test_tables_are_best_at_what_they_were_learnt_for():
     image = Image.fromarray(natural().permute(1, 2, 0).numpy())
 
     def scores(loss):
-        decoded = decoded_jpeg(encode_jpeg(image, jpeg_tables(image, 0.7, loss=loss, steps=120)))
+        decoded = decoded_jpeg(encode_jpeg(image, jpeg_tables(image, 2.0, loss=loss, steps=60)))
         pixels = [torch.from_numpy(np.array(each)).permute(2, 0, 1)[None] / 255 for each in (decoded, image)]
         return psnr(image, decoded), float(multiscale_structural_similarity_index_measure(*pixels, data_range=1.0))
 
     by_error, by_similarity = scores("squared_error"), scores("ms_ssim")
-    assert by_error[0] > by_similarity[0]
+    assert by_error[0] > by_similarity[0] + 0.1
     assert by_error[1] < by_similarity[1]
 
 
@@ -387,12 +397,15 @@ def test_files_have_the_size_asked_for(image, noise, loss, tmp_path):
     assert save_jpeg(image, tmp_path / "f.jpg", tables) == pytest.approx(1.5, rel=0.03)
 
 
-def test_coefficients_that_say_more_get_finer_steps():
+def test_bits_go_to_the_coefficients_that_say_something():
     generator = torch.Generator().manual_seed(0)
     stripes = 128 + 50 * torch.randn(1, 128, generator=generator).repeat(128, 1) + 3 * torch.randn(128, 128, generator=generator)
-    luma = torch.tensor(jpeg_tables(stripes.clamp(0, 255).to(torch.uint8), bits=1.0, steps=400).luma)
-    luma = luma.reshape(8, 8).float()  # upright stripes have horizontal frequencies alone: the first row
-    assert luma[0].mean() < 0.5 * luma[1:].mean()
+    stripes = stripes.clamp(0, 255).to(torch.uint8)
+    steps = torch.tensor(jpeg_tables(stripes, bits=1.0).luma).reshape(8, 8)
+    kept = (block_dct(plane_blocks(stripes[None, None]).float() - 128) / steps).round().abs().mean(dim=0)
+    # Upright stripes have horizontal frequencies alone: the first row.
+    assert kept[0].min() > 0.3
+    assert kept[1:].max() < 0.03
 
 
 def test_the_global_random_state_is_left_alone_and_the_seed_decides():
@@ -406,7 +419,7 @@ def test_the_global_random_state_is_left_alone_and_the_seed_decides():
 def test_tables_say_what_they_cannot_do():
     with pytest.raises(ValueError, match=r"reach from .* to .* bits per pixel here, but 50 were asked for"):
         jpeg_tables(picture(), bits=50)
-    with pytest.raises(ValueError, match="all grey or all in colour"):
+    with pytest.raises(ValueError, match=r"all grey \(L\) or all in colour"):
         jpeg_tables([picture(), picture()[0]], bits=1)
     with pytest.raises(ValueError, match="but got none"):
         jpeg_tables([], bits=1)
