@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lit_compress.budget.jpeg import encode_jpeg
 from lit_compress.budget.planes import image_planes
+from lit_compress.cli import main
 from lit_compress.datamodules import ImagePatchDataModule
 from lit_compress.modules import LitQuantizationTables
 
@@ -91,6 +92,20 @@ def test_data_say_what_is_wrong(folder, tmp_path):
 
 
 # --- the training
+
+
+@pytest.mark.parametrize("name", ["jpeg_photographs", "jpeg_similarity"])
+def test_the_configs_train_on_a_folder(root, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        blurred = np.cumsum(np.cumsum(generator.normal(size=(192, 192, 3)), axis=0), axis=1)
+        Image.fromarray((128 + 40 * blurred / blurred.std()).clip(0, 255).astype(np.uint8)).save(f"images/{index}.png")
+    arguments = ["--config", str(root / "configs" / f"{name}.yaml"), "--data.data_dir", "images", "--trainer.max_epochs", "1"]
+    main(["fit", *arguments])
+    (checkpoint,) = (tmp_path / "lit_compress_runs").rglob("*.ckpt")
+    assert len(set(LitQuantizationTables.load_from_checkpoint(checkpoint, weights_only=True).tables().luma)) > 4
 
 
 @pytest.mark.parametrize("arguments", [{}, {"loss": "mlp"}, {"noise": "normal", "loss": "mlp"}], ids=str)

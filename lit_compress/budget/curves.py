@@ -40,12 +40,11 @@ class QuantizationCurves(nn.Module):
         super().__init__()
         octaves = torch.arange(_OCTAVES * _STEPS_AN_OCTAVE, -1, -1) / _STEPS_AN_OCTAVE  # bits ascend from coarse to fine
         steps = torch.exp2(octaves).tolist()
-        whole = [(coefficients / step).round() for step in steps]
-        bits = torch.stack([_entropy(each) for each in whole], dim=1)
-        errors = [(each * step - coefficients).square().mean(dim=0).sqrt() for each, step in zip(whole, steps, strict=True)]
+        found = [_entropy_and_error(coefficients, step) for step in steps]
+        bits, errors = (torch.stack(each, dim=1) for each in zip(*found, strict=True))
         shift = _GAP * torch.arange(len(steps))
         self.register_buffer("_bits", ((bits - shift).cummax(dim=1).values + shift).contiguous())
-        self.register_buffer("_errors", torch.stack(errors, dim=1).flip(1).contiguous())
+        self.register_buffer("_errors", errors.flip(1).contiguous())
         self.register_buffer("_octaves", octaves.expand_as(bits).contiguous())
 
     def steps(self, bits: Tensor) -> Tensor:
@@ -68,12 +67,13 @@ class QuantizationCurves(nn.Module):
         return interpolated(steps.log2()[None], self._octaves.flip(1), values)[0]
 
 
-def _entropy(whole: Tensor) -> Tensor:
-    """Bits ``(C,)`` of the whole numbers in each column of ``(N, C)``."""
+def _entropy_and_error(coefficients: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Bits ``(C,)`` of the rounded columns of ``(N, C)``, and the root mean square ``(C,)`` of what rounding leaves."""
+    whole = (coefficients / step).round()
+    error = (whole * step - coefficients).square().mean(dim=0).sqrt()
     count, columns = whole.shape
     offsets = (whole - whole.amin(dim=0)).long()
     bins = int(offsets.max()) + 1
     cells = offsets + bins * torch.arange(columns, device=whole.device)
     share = torch.bincount(cells.flatten(), minlength=bins * columns).reshape(columns, bins) / count
-    entropy: Tensor = torch.special.entr(share).sum(dim=1) / log(2)
-    return entropy
+    return torch.special.entr(share).sum(dim=1) / log(2), error

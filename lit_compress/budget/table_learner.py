@@ -6,7 +6,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from typing_extensions import override
 
 from lit_compress.budget.cdf import CDFTransform
@@ -214,6 +213,9 @@ def _perceptual(loss: TableLoss) -> PerceptualLoss | None:
 
 
 def _dissimilarity(decoded: Tensor, original: Tensor) -> Tensor:
+    # Imported here: it brings a quarter of a gigabyte, which the other losses need not pay for.
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     if min(original.shape[-2:]) < _MS_SSIM_SIDE:
         raise ValueError(f"MS-SSIM needs {_MS_SSIM_SIDE} pixels a side but the patches have {tuple(original.shape[-2:])}.")
     return 1 - multiscale_structural_similarity_index_measure(decoded, original, data_range=1.0)
