@@ -39,7 +39,7 @@ class TableLearner(nn.Module):
     .. math:: \tilde x = x + (q \lfloor x / q \rceil - x) \, D(q) / \overline{D(q)}
 
     where the bar stops the gradient. With normal noise, as the source has it, a coefficient with B bits has the step 2^(8 - B),
-    and noise of deviation 2^-B is added after it is mapped to a normal variable.
+    noise of deviation 2^-B is added after it is mapped to a normal variable, and the network decodes instead of correcting.
 
     Args:
         colour: Whether images have chroma.
@@ -171,7 +171,7 @@ class _Kind(nn.Module):
         self.register_buffer("scale", torch.ones(_COEFFICIENTS))
         self._describe(blank)
         self.decoder = NormedMLP(_COEFFICIENTS, (128,), _COEFFICIENTS) if decodes else None
-        if self.decoder is not None:  # begins as JPEG's own decoder
+        if self.decoder is not None and noise == "measured":  # a correction, which begins at none: JPEG's own decoder
             last = cast(nn.Linear, self.decoder.layers[-1])
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -187,7 +187,10 @@ class _Kind(nn.Module):
     def forward(self, clean: Tensor, bits: Tensor) -> Tensor:
         """Coefficients ``(M, 64)`` as they are decoded when each has so many bits, ``(64,)``."""
         noisy = self._noisy(clean, bits)
-        return noisy if self.decoder is None else noisy + self.scale * self.decoder(noisy / self.scale)
+        if self.decoder is None:
+            return noisy
+        decoded: Tensor = self.scale * self.decoder(noisy / self.scale)
+        return noisy + decoded if self.noise == "measured" else decoded
 
     def _describe(self, coefficients: Tensor) -> None:
         if self.noise == "measured":
