@@ -57,7 +57,7 @@ def plot_jpegs(image: Image.Image, contents: Mapping[str, bytes], side: int = 25
     """
     width, height = image.size
     left, top = max(width - side, 0) // 2, max(height - side, 0) // 2
-    figure = Figure(figsize=(3.2 * (1 + len(contents)), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.2 * (1 + len(contents)), 4), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, 1 + len(contents), squeeze=False).flat)
     decoded = [image, *(decoded_jpeg(content) for content in contents.values())]
     titles = ["original"]
