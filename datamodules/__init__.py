@@ -4,6 +4,7 @@ from lit_compress.datamodules.caltech import CaltechPedestrianDataModule
 from lit_compress.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lit_compress.datamodules.coco_pedestrians import CocoPedestrianDataModule
 from lit_compress.datamodules.digits import DigitsDataModule
+from lit_compress.datamodules.image_patches import ImagePatchDataModule
 from lit_compress.datamodules.imagenet import ImageNetDataModule
 from lit_compress.datamodules.mnist import MNISTDataModule
 from lit_compress.datamodules.pedestrian_images import PedestrianDataModule
@@ -22,6 +23,7 @@ __all__ = [
     "CocoPedestrianDataModule",
     "DigitsDataModule",
     "ImageNetDataModule",
+    "ImagePatchDataModule",
     "MNISTDataModule",
     "PedestrianDataModule",
     "PedestrianPatchDataModule",

@@ -5,6 +5,8 @@ import copy
 import random
 
 import numpy as np
+import pytest
+import pytorch_lightning
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -147,6 +149,13 @@ def fit_theirs(folder, *callbacks, module=None, ckpt_path=None, **options):
     trainer = new_trainer(folder, *callbacks, **{"max_epochs": EPOCHS, **hard, **options})
     trainer.fit(module, train_loader(), val_loader(), ckpt_path=ckpt_path)
     return module, trainer
+
+
+# ---------------------------------------------------------------- what older versions lack
+
+needs_averaging = pytest.mark.skipif(
+    not hasattr(pytorch_lightning.callbacks, "EMAWeightAveraging"), reason="this Lightning averages no weights"
+)
 
 
 # ---------------------------------------------------------------- time

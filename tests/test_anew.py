@@ -10,7 +10,18 @@ from torch.optim import lr_scheduler
 
 from lit_compress.callbacks import PFAPruning
 from lit_compress.schedules import WarmupStepLR
-from tests.modules import EPOCHS, At, Small, every_epoch, fit_theirs, new_trainer, same, small_loaders, without_times
+from tests.modules import (
+    EPOCHS,
+    At,
+    Small,
+    every_epoch,
+    fit_theirs,
+    needs_averaging,
+    new_trainer,
+    same,
+    small_loaders,
+    without_times,
+)
 
 
 class Rates(Callback):
@@ -112,7 +123,7 @@ def test_random_weights_follow_the_seed_of_the_run(tmp_path):
     assert not torch.equal(first["net.4.bias"], other["net.4.bias"])
 
 
-@pytest.mark.skipif(not hasattr(pytorch_lightning.callbacks, "EMAWeightAveraging"), reason="this Lightning averages no weights")
+@needs_averaging
 def test_an_average_begins_at_the_random_weights(tmp_path):
     average, seen = pytorch_lightning.callbacks.EMAWeightAveraging(decay=0.5), []
     look = At(1, lambda *_: seen.append(copy.deepcopy(average._average_model.module.state_dict())))

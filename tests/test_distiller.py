@@ -3,9 +3,10 @@
 import copy
 
 import pytest
+import pytorch_lightning
 import torch
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -27,7 +28,7 @@ from lit_compress.models import ResNetCIFAR, SimpleCNN, with_hint
 from lit_compress.modules import LitClassifier, LitDistiller
 from lit_compress.modules.distiller import Accuracy
 from lit_compress.taps import Taps
-from tests.modules import digits, every_epoch, new_trainer, same
+from tests.modules import digits, every_epoch, needs_averaging, new_trainer, same
 
 TAPS = {"0": "stage1.0", "2": "stage3"}
 
@@ -251,8 +252,9 @@ def test_a_run_goes_on_with_the_same_teacher_alone(tmp_path):
     assert same(weights(loaded.student), weights(load_pruned(plain_student(seed=2), tmp_path / "epoch=0.ckpt")))
 
 
+@needs_averaging
 def test_an_average_of_weights_holds_no_second_teacher(tmp_path):
-    averaging = WeightAveraging()
+    averaging = pytorch_lightning.callbacks.WeightAveraging()
     module = distiller()
     trainer = new_trainer(tmp_path, averaging, max_epochs=1)
     trainer.fit(module, loader())

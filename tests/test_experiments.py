@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 def run(root, experiment, arguments):
@@ -170,3 +172,25 @@ def test_all_methods_are_compared_on_digits_at_equal_size(root, tmp_path):
         assert all(0.9 * share < found <= share for found in sizes.values()), sizes
     assert "| 20 % | VIB |" in shown
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_jpeg_tables_are_compared_and_a_run_goes_on(root, tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for index in range(2):
+        waves = np.cumsum(np.cumsum(generator.normal(size=(192, 192, 3)), axis=0), axis=1)
+        pixels = (128 + 40 * waves / waves.std() + generator.normal(0, 5, waves.shape)).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / f"{index}.png")
+    arguments = [str(tmp_path / "images"), "--sizes", "1.0", "--shown", "1.0", "--out", str(tmp_path / "f")]
+    first, again = (run(root, "jpeg_kodak", arguments) for _ in range(2))
+    assert "done" in first
+    assert "done" not in again
+    assert again in first
+    runs = json.loads((tmp_path / "f.json").read_text())
+    learnt = [run for run in runs if run["arm"] in ("squared_error", "mlp", "ms_ssim")]
+    assert len(learnt) == 6
+    assert all(abs(run["bits"] - 1) < 0.03 for run in learnt)
+    assert "| squared_error | 1 |" in first
+    assert (tmp_path / "f.png").stat().st_size > 1000
+    assert (tmp_path / "f_picture.png").stat().st_size > 1000

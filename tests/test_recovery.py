@@ -5,12 +5,13 @@ import json
 import os
 
 import pytest
+import pytorch_lightning
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, seed_everything
-from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -26,7 +27,7 @@ from lit_compress.datamodules import DigitsDataModule, MNISTDataModule
 from lit_compress.models import LeNet5, SimpleCNN
 from lit_compress.modules import LitClassifier
 from lit_compress.plan import plan_of
-from tests.modules import At, digits, every_epoch, new_trainer, same
+from tests.modules import At, digits, every_epoch, needs_averaging, new_trainer, same
 from tests.test_ddp import ddp_trainer
 
 # ---------------------------------------------------------------- the search
@@ -167,12 +168,12 @@ def test_a_cut_that_is_too_strong_ends_as_a_milder_one_within_the_bound(tmp_path
     assert drops, "the recovery curve is not logged"
 
 
-@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("average", [False, pytest.param(True, marks=needs_averaging)])
 def test_what_nothing_recovers_from_ends_uncut_and_says_so(average, tmp_path):
     callback = pruning(max_drop=0.0, keep_params=0.1)
     uncut = {}
     note = At(2, lambda trainer, module: uncut.update(copy.deepcopy(module.state_dict())))
-    others = [EMAWeightAveraging(decay=0.5)] if average else []
+    others = [pytorch_lightning.callbacks.EMAWeightAveraging(decay=0.5)] if average else []
     with pytest.warns(UserWarning, match="(?i)no compression was possible"):
         module, trainer = fit(tmp_path, note, callback, *others, module=Frozen())
     assert count_parameters(module) == count_parameters(Classifier())

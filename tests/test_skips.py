@@ -5,12 +5,12 @@ import pickle
 
 import numpy as np
 import pytest
+import pytorch_lightning
 import torch
 import torchvision
 from modules import every_epoch, leaving_no_trace, new_trainer, same
 from networks import Net, clone, conv, random_recipe, randomized, relative_error
 from pytorch_lightning import LightningModule, seed_everything
-from pytorch_lightning.callbacks import WeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -761,8 +761,9 @@ def test_a_padded_cut_that_fails_in_the_trainer_leaves_no_trace(tmp_path):
     assert pruning.failed == 1
 
 
+@needs_averaging
 def test_a_weight_average_follows_a_padded_cut(tmp_path):
-    average = WeightAveraging(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average = pytorch_lightning.callbacks.WeightAveraging(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     module, _, _ = fit_residual(tmp_path, average, skips="pad")
     pads = plan_of(module).pads
     assert pads

@@ -50,14 +50,24 @@ class CDFTransform(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Normal variables ``(N, C)`` of values ``(N, C)``."""
-        return _interpolated(values, self.raw, self.normal)
+        return interpolated(values, self.raw, self.normal)
 
     def inverse(self, normal: Tensor) -> Tensor:
         """Values ``(N, C)`` of normal variables ``(N, C)``."""
-        return _interpolated(normal, self.normal, self.raw)
+        return interpolated(normal, self.normal, self.raw)
 
 
-def _interpolated(values: Tensor, start: Tensor, end: Tensor) -> Tensor:
+def interpolated(values: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Values of piecewise linear functions, one for each column; beyond the outermost knots the last piece goes on.
+
+    Args:
+        values: ``(N, C)``, where.
+        start: ``(C, K)``, places of the knots, ascending without repeats.
+        end: ``(C, K)``, values there.
+
+    Returns:
+        ``(N, C)``; differentiable in ``values``.
+    """
     columns = values.T.contiguous()
     piece = torch.searchsorted(start, columns.detach()).clamp(1, start.shape[1] - 1)
     left, right = start.gather(1, piece - 1), start.gather(1, piece)

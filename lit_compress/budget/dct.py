@@ -1,5 +1,6 @@
 """The 8×8 cosine transform of JPEG, orthonormal."""
 
+from collections.abc import Sequence
 from math import pi, sqrt
 
 import torch
@@ -49,20 +50,13 @@ def inverse_block_dct(coefficients: Tensor) -> Tensor:
     return cosines.T @ coefficients @ cosines
 
 
-def image_blocks(plane: Tensor) -> Tensor:
-    """Blocks of a plane in reading order; its last row and column are repeated up to whole blocks, as encoders do.
+def plane_blocks(plane: Tensor) -> Tensor:
+    """Blocks ``(M, 8, 8)`` of planes ``(N, P, H, W)`` whose sides are multiples of 8, plane after plane in reading order."""
+    return plane.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).reshape(-1, SIDE, SIDE)
 
-    Args:
-        plane: ``(H, W)``, any dtype.
 
-    Returns:
-        ``(ceil(H / 8) * ceil(W / 8), 8, 8)``.
-
-    Example:
-        >>> image_blocks(torch.zeros(16, 20)).shape
-        torch.Size([6, 8, 8])
-    """
-    height, width = (-(-size // SIDE) * SIDE for size in plane.shape)
-    rows = torch.arange(height).clamp_max(plane.shape[0] - 1)
-    columns = torch.arange(width).clamp_max(plane.shape[1] - 1)
-    return plane[rows][:, columns].unfold(0, SIDE, SIDE).unfold(1, SIDE, SIDE).flatten(0, 1)
+def joined_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """Planes of the shape ``(N, P, H, W)`` from their blocks: undoes :func:`plane_blocks`."""
+    count, planes, height, width = shape
+    grid = blocks.reshape(count, planes, height // SIDE, width // SIDE, SIDE, SIDE)
+    return grid.transpose(3, 4).reshape(count, planes, height, width)

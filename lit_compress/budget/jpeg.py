@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ _CHROMA = """
 99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99
 """
 _LARGEST = 255  # of a baseline file's 8-bit tables
+_WHITE = 255
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,24 @@ def encode_jpeg(image: str | Path | Image.Image | Tensor, tables: JPEGTables, su
     file = io.BytesIO()
     picture.save(file, format="JPEG", qtables=given, subsampling=0 if picture.mode == "L" else subsampling, optimize=True)
     return file.getvalue()
+
+
+def decoded_jpeg(content: bytes) -> Image.Image:
+    """What a decoder shows of a file's content."""
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
+def psnr(image: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio in decibels, over all pixels and channels; infinite for equal images.
+
+    Args:
+        image: 8 bits a channel.
+        other: Likewise, of the same size and mode.
+    """
+    error = np.square(np.asarray(image, dtype=float) - np.asarray(other, dtype=float)).mean()
+    return float(10 * np.log10(_WHITE**2 / error)) if error else inf
 
 
 def save_jpeg(

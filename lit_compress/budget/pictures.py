@@ -1,4 +1,4 @@
-"""Pictures of budgets: the split over time, and error against what is spent."""
+"""Pictures of budgets: the split over time, error against what is spent, and images before and after."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,6 +6,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+
+from lit_compress.budget.jpeg import decoded_jpeg, psnr
 
 
 def plot_split(names: Sequence[str], epochs: Sequence[float], shares: Sequence[Sequence[float]]) -> Figure:
@@ -41,4 +44,27 @@ def plot_error_curves(curves: Mapping[str, Mapping[float, float]], unit: str = "
     axes.set(xlabel="total budget", ylabel=unit, xscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    return figure
+
+
+def plot_jpegs(image: Image.Image, contents: Mapping[str, bytes], side: int = 256) -> Figure:
+    """The middle of an image, as it is and as JPEG files show it, with their sizes and PSNR.
+
+    Args:
+        image: Grey or in colour, 8 bits a channel.
+        contents: Name of a file to what is in it.
+        side: Of the part shown, in pixels.
+    """
+    width, height = image.size
+    left, top = max(width - side, 0) // 2, max(height - side, 0) // 2
+    figure = Figure(figsize=(3.2 * (1 + len(contents)), 4), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(1, 1 + len(contents), squeeze=False).flat)
+    decoded = [image, *(decoded_jpeg(content) for content in contents.values())]
+    titles = ["original"]
+    for (name, content), each in zip(contents.items(), decoded[1:], strict=True):
+        titles.append(f"{name}\n{8 * len(content) / (width * height):.3f} bits per pixel, {psnr(image, each):.2f} dB")
+    for axes, each, title in zip(panels, decoded, titles, strict=True):
+        axes.imshow(np.asarray(each.crop((left, top, left + side, top + side))), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title, fontsize="small")
+        axes.axis("off")
     return figure

@@ -17,6 +17,7 @@ from typing_extensions import Self, override
 Path = Literal["auto", "dense", "factorized"]
 
 _PATHS = ("auto", "dense", "factorized")
+_WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
 
 
 class StructuredLinear(nn.Module, ABC):
@@ -200,7 +201,7 @@ class StructuredLinear(nn.Module, ABC):
     def _weight(self) -> Tensor:
         """The matrix; without gradients, the one computed before if no parameter has changed since."""
         device = next(self.parameters()).device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if device in _WITH_AUTOCAST else nullcontext():
             # What runs the code on something else than numbers (a trace, an export, fake tensors) must see the computation.
             if torch.is_grad_enabled() or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
                 return self.matrix()
