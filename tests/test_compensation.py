@@ -6,8 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from modules import every_epoch, new_trainer, same
-from networks import Net, clone, conv, randomized, relative_error
 from pytorch_lightning import LightningModule, seed_everything
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +18,8 @@ from lit_compress.graph import trace
 from lit_compress.plan import plan_of
 from lit_compress.statistics.mean import StreamingMean
 from lit_compress.surgery import plan_for
+from tests.modules import every_epoch, new_trainer, same
+from tests.networks import Net, clone, conv, randomized, relative_error
 
 GONE = (1, 4)  # channels of 6 that give the same whatever comes in
 KEPT = (0, 2, 3, 5)

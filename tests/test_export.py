@@ -6,7 +6,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from networks import randomized
 from pytorch_lightning import LightningModule
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet18
@@ -14,6 +13,7 @@ from torchvision.models import mobilenet_v2, resnet18
 from lit_compress import analyze, cut
 from lit_compress.export import export
 from lit_compress.models import LeNet5, ResNetCIFAR, SimpleCNN
+from tests.networks import randomized
 
 NETWORKS = {
     "ResNet-20, padded back": (lambda: ResNetCIFAR(depth=20), (3, 32, 32), {"skips": "pad"}),

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import Net, clone, conv, random_recipe, randomized, relative_error, removed_by, zeroed
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -24,6 +23,7 @@ from lit_compress import Recipe, cut, tracing
 from lit_compress.graph import trace
 from lit_compress.models import ResNetCIFAR, ZeroPadShortcut
 from lit_compress.skips import Tap
+from tests.networks import Net, clone, conv, random_recipe, randomized, relative_error, removed_by, zeroed
 
 IMAGES = (2, 3, 6, 6)
 

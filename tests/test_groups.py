@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from networks import clone, conv, random_recipe, relative_error, removed_by, zeroed
 from torch import nn
 
 from lit_compress import Recipe, cut, load_pruned
@@ -14,6 +13,7 @@ from lit_compress.graph import trace
 from lit_compress.latency import Stopwatch
 from lit_compress.plan import plan_of
 from lit_compress.snapshot import Snapshot
+from tests.networks import clone, conv, random_recipe, relative_error, removed_by, zeroed
 
 IMAGES = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(1)).double()
 LAYERS = {

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from networks import randomized, relative_error
 from torch import nn
 from torchvision.models import shufflenet_v2_x0_5, swin_t
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
@@ -15,7 +14,7 @@ from lit_compress.callbacks import PFAPruning
 from lit_compress.graph import trace
 from lit_compress.models import MLP, ResNetCIFAR
 from tests.modules import Small, every_epoch, new_trainer, same, small_loaders
-from tests.networks import random_recipe
+from tests.networks import random_recipe, randomized, relative_error
 
 
 def cut_and_silenced(network, x, seed=0):

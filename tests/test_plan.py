@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lion_pytorch import Lion
-from networks import clone, conv, randomized
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lit_compress import Plan, Recipe, cut
 from lit_compress.plan import note_plan, plan_of
+from tests.networks import clone, conv, randomized
 
 KEEP = [0, 2, 3, 6]
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from networks import Net, conv
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,6 +11,7 @@ from lit_compress.graph import trace
 from lit_compress.layers import ACDCLinear, HashedLinear, RankFactorizedLinear, TensorTrainLinear
 from lit_compress.models import VGGCIFAR, LeNet5, LeNet300100, ResNetCIFAR, SimpleCNN
 from lit_compress.report import Latency, LayerRow, LayerTable, measure_latency
+from tests.networks import Net, conv
 
 CASES = {
     "linear": (lambda: nn.Linear(3, 2), (1, 3), 3 * 2),

@@ -8,8 +8,6 @@ import pytest
 import pytorch_lightning
 import torch
 import torchvision
-from modules import every_epoch, leaving_no_trace, new_trainer, same
-from networks import Net, clone, conv, random_recipe, randomized, relative_error
 from pytorch_lightning import LightningModule, seed_everything
 from torch import nn
 from torch.nn import functional as F
@@ -27,6 +25,8 @@ from lit_compress.plan import plan_of
 from lit_compress.selection import pfa
 from lit_compress.spectra import observed
 from lit_compress.surgery import make_plan
+from tests.modules import every_epoch, leaving_no_trace, needs_averaging, new_trainer, same
+from tests.networks import Net, clone, conv, random_recipe, randomized, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 

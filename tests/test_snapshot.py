@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from networks import randomized
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,6 +12,7 @@ from lit_compress.models import ResNetCIFAR
 from lit_compress.plan import plan_of
 from lit_compress.snapshot import Snapshot
 from tests.modules import same
+from tests.networks import randomized
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))

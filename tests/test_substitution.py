@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torchvision
-from networks import Net, conv
 from pytorch_lightning import Trainer, seed_everything
 from torch import nn
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from lit_compress.layers.linear_substitution import _KINDS
 from lit_compress.losses import AttentionTransfer, CrossEntropy
 from lit_compress.models import PreActBlock, WideResNet
 from lit_compress.modules import LitDistiller
+from tests.networks import Net, conv
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SETTINGS = {"rank_factorized": 0.2, "acdc": 3, "hashed": 0.2, "tensor_train": 0.3, "tucker": 0.3, "shuffle": 2}

@@ -7,7 +7,17 @@ import random
 import pytest
 import torch
 import torchvision
-from networks import (
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from lit_compress import Recipe, cut
+from lit_compress.graph import trace
+from lit_compress.models import VGGCIFAR, LeNet5, LeNet300100, ResNetCIFAR, SimpleCNN
+from lit_compress.plan import plan_of
+from lit_compress.surgery import make_plan
+from tests.networks import (
     RandomNetwork,
     clone,
     conv,
@@ -21,16 +31,6 @@ from networks import (
     unsized,
     zeroed,
 )
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
-
-from lit_compress import Recipe, cut
-from lit_compress.graph import trace
-from lit_compress.models import VGGCIFAR, LeNet5, LeNet300100, ResNetCIFAR, SimpleCNN
-from lit_compress.plan import plan_of
-from lit_compress.surgery import make_plan
 
 # float32 rounds at 6e-8, float64 at 1.1e-16; sums over a thousand terms and fifty layers stay within this of each other.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
