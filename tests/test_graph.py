@@ -213,11 +213,6 @@ CASES = {
     "instance norm with a scale": Case(
         after(lambda m, x: m.n(x), n=lambda: nn.InstanceNorm2d(4, affine=True)), free=("a",), follows=("n.weight", "n.bias")
     ),
-    "instance norm with statistics": Case(
-        after(lambda m, x: m.n(x), n=lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
-        free=("a",),
-        follows=("n.weight", "n.running_mean"),
-    ),
     "bare scale": Case(
         after(
             lambda m, x: x * m.g[:, None, None] + m.h.view(1, -1, 1, 1),
@@ -524,6 +519,21 @@ CASES = {
         shape=(2, 3, 5, 5, 5),
     ),
 }
+
+
+def writes_its_statistics_in_evaluation(norm):
+    """As older versions of torch do, in which a layer before such a norm stays whole."""
+    before = norm.running_mean._version
+    norm.eval()(torch.rand(2, 4, 3, 3))
+    return norm.running_mean._version > before
+
+
+if not writes_its_statistics_in_evaluation(nn.InstanceNorm2d(4, track_running_stats=True)):
+    CASES["instance norm with statistics"] = Case(
+        after(lambda m, x: m.n(x), n=lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        free=("a",),
+        follows=("n.weight", "n.running_mean"),
+    )
 
 case_by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
