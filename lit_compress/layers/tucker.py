@@ -67,6 +67,8 @@ class TuckerLinear(StructuredLinear):
         elements = in_features * out_features
         self.ranks = tuple(min(max(1, round(rank_scale * size)), elements // size) for size in self.dims)
         self.split = tensor_cores.split(self.dims, in_features, out_features)
+        # The ways before and behind the split one are each folded into one.
+        self._folded = None if self.split is None else self.split._replace(way=1)
         self._refuse_missing_path()
         self.core = nn.ParameterList(nn.init.uniform_(torch.empty(shape), -1, 1) for shape in self._core_shapes(core))
         self.factors = nn.ParameterList(
@@ -99,18 +101,18 @@ class TuckerLinear(StructuredLinear):
 
     @override
     def apply_factors(self, x: Tensor) -> Tensor:
-        assert self.split is not None
-        return tensor_cores.apply_train(self._train(), x, self.split._replace(way=1))
+        assert self._folded is not None
+        return tensor_cores.apply_train(self._train(), x, self._folded)
 
     @property
     @override
     def factor_mult_adds(self) -> int | None:
-        if self.split is None:
+        if self.split is None or self._folded is None:
             return None
         way = self.split.way
         dims = (math.prod(self.dims[:way]), self.dims[way], math.prod(self.dims[way + 1 :]))
         ranks = (math.prod(self.ranks[:way]), math.prod(self.ranks[way + 1 :]))
-        return tensor_cores.train_mult_adds(ranks, dims, self.split._replace(way=1))
+        return tensor_cores.train_mult_adds(ranks, dims, self._folded)
 
     @override
     def fit(self, matrix: Tensor) -> None:
