@@ -38,13 +38,17 @@ from lit_compress.selection import vib
 KL_SIZE = "PFA-KL's"
 SHARES = (0.2, 0.1, 0.05)
 VIB_SCALE, SLIMMING = 3e-4, 1e-3  # weights of the penalties
+GAIN = 4.0  # a sigmoid is a quarter as steep as what it stands for: with norms at 1 its units stay nearly linear
+LR = 0.3
 
 
 def build(pixels: int) -> nn.Module:
-    """LeNet-300-100 with a batch norm before each sigmoid."""
+    """LeNet-300-100 with a batch norm before each sigmoid, that spreads its units over the range."""
     net = LeNet300100(pixels, activation="sigmoid")
     for name, width in (("activation1", 300), ("activation2", 100)):
-        net.layers.set_submodule(name, nn.Sequential(nn.BatchNorm1d(width), nn.Sigmoid()))
+        norm = nn.BatchNorm1d(width)
+        nn.init.constant_(norm.weight, GAIN)
+        net.layers.set_submodule(name, nn.Sequential(norm, nn.Sigmoid()))
     return net
 
 
@@ -119,7 +123,7 @@ def run_seed(data: Any, seed: int, options: argparse.Namespace) -> list[Run]:
     """All methods on the network of one seed."""
     pl.seed_everything(seed, verbose=False)
     full = build(data.image_shape[-1] ** 2)
-    accuracy = train(full, data, options.epochs, seed)
+    accuracy = train(full, data, options.epochs, seed, lr=LR)
     full.eval()
     whole, example = count_parameters(full), torch.zeros(2, *data.image_shape)
     done: list[Run] = [{"method": "uncut", "size": "100 %", "parameters": 1.0, "accuracy": accuracy, "widths": {}}]
@@ -127,7 +131,7 @@ def run_seed(data: Any, seed: int, options: argparse.Namespace) -> list[Run]:
         small = copy.deepcopy(full)
         cut(small, recipe, example)
         share, at_once = count_parameters(small) / whole, test(small, data)
-        accuracy = train(small, data, options.fine_tune, seed)
+        accuracy = train(small, data, options.fine_tune, seed, lr=LR)
         done.append({
             "method": method, "size": size, "parameters": share, "after_cut": at_once, "accuracy": accuracy,
             "widths": recipe.widths,
@@ -195,10 +199,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with MNIST; $LIT_COMPRESS_DATA or ./data by default")
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=15, help="of the full network")
+    parser.add_argument("--epochs", type=int, default=10, help="of the full network")
     parser.add_argument("--fine_tune", type=int, default=5, help="epochs after the cut")
     parser.add_argument("--looks", type=int, default=3, help="epochs that gates and scales are trained for")
-    parser.add_argument("--train_size", type=int, default=10_000)
+    parser.add_argument("--train_size", type=int, help="images to train on; all by default")
     parser.add_argument("--randoms", type=int, default=2, help="random recipes for each size and seed")
     parser.add_argument("--out", type=Path, default=Path("compare_methods"))
     options = parser.parse_args()

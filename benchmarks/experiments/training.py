@@ -32,13 +32,14 @@ def train(
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
     folder: Path | None = None,
+    lr: float = 0.05,
 ) -> float:
     """Train with the settings of P3's appendix C.1, scaled to MNIST; returns the test accuracy. Callbacks write to ``folder``."""
     pl.seed_everything(seed, verbose=False)
     module = LitClassifier(
         net,
         num_classes=data.num_classes,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.6 * epochs)], gamma=0.1),
     )
     fit(module, data, epochs, callbacks, folder)
