@@ -2,17 +2,17 @@
 
     python -m benchmarks.experiments.pib_mnist --data DIR --seeds 0 1 2 --out docs/images/pib_mnist
 
-A run is one `fit` with one pruning callback. Writes OUT.json after every run, and goes on from it; pictures of what layers carry
-over time, of the information plane, and of test error against R_n and R_w beside the published points; and tables on the standard
-output, where rows without a run say "open".
+A run is one `fit` of a config, `configs/pib_mnist_*.yaml` or `configs/vib_mnist_*.yaml`. Writes OUT.json after every run, and
+goes on from it; pictures of what layers carry over time, of the information plane, and of test error against R_n and R_w beside
+the published points; and tables on the standard output, where rows without a run say "open".
 """
 
 import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,12 @@ from typing_extensions import override
 
 from benchmarks.experiments.training import Finished, Run, quiet, test
 from benchmarks.page import commit
-from lit_compress.callbacks import PIBPruning, VIBPruning
+from lit_compress.callbacks import PIBPruning
 from lit_compress.callbacks.pruning import PruningCallback
-from lit_compress.datamodules import DigitsDataModule, MNISTDataModule
+from lit_compress.commands.lightning import configured
 from lit_compress.metrics import CompressionRatios
-from lit_compress.models import MLP, LeNet5, LeNet300100
-from lit_compress.modules import LitClassifier
 from lit_compress.pictures import plot_information, plot_information_plane, plot_ratios
 from lit_compress.selection import pib
-
-CONVERGED = {"monitor": "val/accuracy", "mode": "max"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,105 +49,82 @@ class Row:
 
     Args:
         table: Of the source.
-        net: Builds the network for images of so many pixels.
-        prune: Builds the callback, for so many epochs.
-        epochs: At most; the training of the uncut network and all rounds together.
-        classifier: Further options of the LitClassifier.
+        config: In ``configs/``, without its ending.
+        options: What differs from the config.
+        cut_at: Share of the epochs after which the gates go, where a config names an epoch for that.
         published: What the source has.
     """
 
     table: str
-    net: Callable[[int], nn.Module]
-    prune: Callable[[int], PruningCallback]
-    epochs: int
-    classifier: Mapping[str, Any] = field(default_factory=dict)
+    config: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    cut_at: Fraction | None = None
     published: Published | None = None
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of all sigmoid networks."""
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PRUNING = "--trainer.callbacks.init_args."
 
 
-def falling(optimizer: torch.optim.Optimizer) -> Any:
-    """A rate that falls when validation stalls; each cut sets it back."""
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.2, patience=2)
-    schedule.monitor = CONVERGED["monitor"]  # type: ignore[attr-defined]  # read by LitClassifier
-    return schedule
+def mlp(first: int, second: int, variant: pib.Variant, published: Published | None = None, **options: str) -> Row:
+    """A row of table 4.1."""
+    widths = {"--model.init_args.net.init_args.hidden": f"[{first},{second}]", f"{PRUNING}variant": variant}
+    return Row(table="4.1", config="pib_mnist_mlp", options={**widths, **options}, published=published)
 
 
-def late(optimizer: torch.optim.Optimizer, epoch: int) -> Any:
-    """A tenth of the rate once the gates are gone."""
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch], gamma=0.1)
-
-
-def mlp(first: int, second: int) -> Callable[[int], nn.Module]:
-    """A sigmoid network of table 4.1."""
-    return lambda pixels: MLP(pixels, (first, second), num_classes=10, activation="sigmoid")
-
-
-def table_1(first: int, second: int, variant: pib.Variant, published: Published | None = None, **options: Any) -> Row:
-    """Plain training at a constant rate, and pruning whenever two epochs in a row bring no better validation accuracy."""
-    return Row(
-        table="4.1",
-        net=mlp(first, second),
-        prune=lambda epochs: PIBPruning(variant=variant, patience=2, evaluate="max_drop" in options, **CONVERGED, **options),
-        epochs=100,
-        classifier={"optimizer": sgd},
-        published=published,
-    )
-
-
+MAX_DROP = {f"{PRUNING}max_drop": "0.5"}
 ROWS = {
-    "120-100 A": table_1(120, 100, "A", Published(widths="49-8", R_w=36, R_n=29, before=3, after=3)),
-    "120-100 C": table_1(120, 100, "C"),
-    "120-100 A, max_drop": table_1(120, 100, "A", max_drop=0.5),
-    "1000-200 A": table_1(1000, 200, "A", Published(widths="66-5", R_w=5.3, R_n=6.7, before=3, after=3)),
-    "1000-200 C": table_1(1000, 200, "C"),
-    "1000-500 A": table_1(1000, 500, "A", Published(widths="69-6", R_w=4.2, R_n=5.6, before=3, after=3)),
-    "1000-500 C": table_1(1000, 500, "C"),
+    "120-100 A": mlp(120, 100, "A", Published(widths="49-8", R_w=36, R_n=29, before=3, after=3)),
+    "120-100 C": mlp(120, 100, "C"),
+    "120-100 A, max_drop": mlp(120, 100, "A", **MAX_DROP),
+    "1000-200 A": mlp(1000, 200, "A", Published(widths="66-5", R_w=5.3, R_n=6.7, before=3, after=3)),
+    "1000-200 C": mlp(1000, 200, "C"),
+    "1000-500 A": mlp(1000, 500, "A", Published(widths="69-6", R_w=4.2, R_n=5.6, before=3, after=3)),
+    "1000-500 C": mlp(1000, 500, "C"),
     "300-100 C": Row(
         table="4.2",
-        net=lambda pixels: LeNet300100(pixels, activation="sigmoid", weights="orthonormal"),
-        prune=lambda epochs: PIBPruning(variant="C", patience=5, restart_schedule=True, evaluate=False, **CONVERGED),
-        epochs=160,
-        classifier={
-            "optimizer": sgd,
-            "scheduler": falling,
-            "companions": {"layers.activation1": 300, "layers.activation2": 100},
-            "input_dropout": 0.2,
-        },
+        config="pib_mnist_lenet300100",
         published=Published(widths="130-15", R_w=39, R_n=38, before=2.3, after=1.53),
     ),
     "300-100 VIB": Row(
         table="4.2",
-        net=LeNet300100,
-        prune=lambda epochs: VIBPruning(kl_scale=3e-4, gate_lr=1e-2, at_epoch=2 * epochs // 3, evaluate=False),
-        epochs=24,
-        classifier={"optimizer": torch.optim.Adam, "scheduler": lambda optimizer: late(optimizer, 16)},
+        config="vib_mnist_lenet300100",
+        cut_at=Fraction(2, 3),
         published=Published(widths="71-33", R_w=22, R_n=27, before=None, after=1.6),
     ),
     "LeNet-5 C": Row(
         table="4.3",
-        net=lambda pixels: LeNet5(activation="sigmoid", image_size=round(pixels**0.5)),
-        prune=lambda epochs: PIBPruning(variant="C", patience=3, restart_schedule=True, evaluate=False, **CONVERGED),
-        epochs=40,
-        classifier={
-            "optimizer": sgd,
-            "scheduler": falling,
-            "companions": {"pool1": 20 * 12 * 12, "pool2": 50 * 4 * 4, "activation3": 500},
-        },
+        config="pib_mnist_lenet5",
         published=Published(widths="7-26-35", R_w=4.5, R_n=41.45, before=0.93, after=0.83),
     ),
     "LeNet-5 VIB": Row(
         table="4.3",
-        net=lambda pixels: LeNet5(image_size=round(pixels**0.5)),
-        prune=lambda epochs: VIBPruning(kl_scale=1e-4, gate_lr=1e-2, at_epoch=2 * epochs // 3, evaluate=False),
-        epochs=12,
-        classifier={"optimizer": torch.optim.Adam, "scheduler": lambda optimizer: late(optimizer, 8)},
+        config="vib_mnist_lenet5",
+        cut_at=Fraction(2, 3),
         published=Published(widths="", R_w=0.83, R_n=15.55, before=None, after=1.0),
     ),
-}  # fmt: skip
+}
+
+
+def built(row: Row, seed: int, options: argparse.Namespace) -> Any:
+    """Trainer, module and data of a row; in few epochs, and on the digits, where that is asked for."""
+    chosen = {
+        "--seed_everything": str(seed),
+        **{f"--trainer.{name}": "false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")},
+        "--trainer.num_sanity_val_steps": "0",
+        "--trainer.default_root_dir": str(options.work),
+        f"{PRUNING}evaluate": str(f"{PRUNING}max_drop" in row.options).lower(),  # otherwise nobody reads what it measures
+        **row.options,
+    }
+    if options.epochs:
+        chosen["--trainer.max_epochs"] = str(options.epochs)
+        if row.cut_at:
+            chosen[f"{PRUNING}at_epoch"] = str(int(row.cut_at * options.epochs))
+    if options.digits:
+        chosen |= {"--data": "lit_compress.datamodules.DigitsDataModule", "--model.init_args.net.init_args.in_features": "64"}
+    elif options.data:
+        chosen["--data.data_dir"] = str(options.data)
+    return configured(str(CONFIGS / f"{row.config}.yaml"), [word for option in chosen.items() for word in option])
 
 
 class Diary(pl.Callback):
@@ -201,17 +174,14 @@ def of_label(net: nn.Module, loader: Any, most: int = 1000) -> dict[str, float]:
     return {name: float(pib.relevance(torch.cat(kept), torch.cat(labels)).sum()) for name, kept in seen.items()}
 
 
-def run(name: str, row: Row, data: Any, seed: int, epochs: int, work: Path) -> Run:
+def run(name: str, row: Row, seed: int, options: argparse.Namespace) -> Run:
     """One row and seed."""
-    pl.seed_everything(seed, verbose=False)
     began = time.process_time()
-    module = LitClassifier(row.net(data.image_shape[-1] ** 2), num_classes=10, **row.classifier)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # in which CPUs pool faster
-    pruning, diary = row.prune(epochs), Diary(data)
-    trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[pruning, diary], default_root_dir=work,
-    )  # fmt: skip
+    cli = built(row, seed, options)
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    module.to(memory_format=torch.channels_last)  # in which CPUs pool faster
+    (pruning,), diary = (one for one in trainer.callbacks if isinstance(one, PruningCallback)), Diary(data)
+    trainer.callbacks.append(diary)
     trainer.fit(module, datamodule=data)
     widths = [epoch["widths"] for epoch in diary.epochs]
     changes = [epoch for epoch in range(1, len(widths)) if widths[epoch] != widths[epoch - 1]]
@@ -318,14 +288,11 @@ def main() -> None:
     quiet()
     code = commit()  # what runs is what was checked out at the start
     finished = Finished(options.out.with_suffix(".json"))
-    data = DigitsDataModule() if options.digits else MNISTDataModule(data_dir=options.data)
-    data.prepare_data()
-    data.setup("fit")
     for name in options.rows:
         for seed in options.seeds:
             if finished.holds(row=name, seed=seed):
                 continue
-            done = run(name, ROWS[name], data, seed, min(options.epochs or sys.maxsize, ROWS[name].epochs), options.work)
+            done = run(name, ROWS[name], seed, options)
             finished.add([{**done, "commit": code}])
             widths = "-".join(map(str, done["after"]["widths"]))
             print(f"{name}, seed {seed}: {widths}, {done['before']['error']:.2%} to {done['after']['error']:.2%}", flush=True)
