@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
+from benchmarks.allocation import allocated
 from benchmarks.page import Section, main
 from benchmarks.timing import Candidate, Comparison, interleaved, threads
 from lit_compress.losses import KnowledgeDistillation, knowledge_distillation
@@ -21,6 +24,8 @@ from lit_compress.teacher import Teacher
 from lit_compress.teacher_cache import SamplesWithReadings, SeededSamples, TeacherCache
 
 UNCACHED, CACHED, PLAIN = "LitDistiller", "LitDistiller, cached", "student's step"
+BY_HAND, PEER = "teacher's forward and student's step", "torchdistill"
+LOSS: Any = {"form": "zagoruyko", "temperature": 4.0, "alpha": 0.9}  # a form that the peer has too
 HEADS, CONFIDENCE = "200 passes of the head", "confidence loss, cached statistics"
 
 
@@ -32,13 +37,15 @@ def measure(quick: bool, rounds: int | None) -> Section:
     depths = (10, 10) if quick else (40, 16)
     teacher, student = WideResNet(depths[0], 2, num_classes=10), WideResNet(depths[1], 1, num_classes=10)
     with threads(1), tempfile.TemporaryDirectory() as folder:
-        uncached, cached = _steps(teacher, student, size, rounds, Path(folder))
+        steps = Steps(teacher, student, size, Path(folder))
+        uncached, cached = steps.compared(rounds)
         heads = _heads(20 if quick else 200, 32 if quick else 224)
         losses = _losses(nn.Linear(512, 64), torch.randn(size, 512), 20 * rounds)
+        held = steps.held()
         hinted = WideResNet(depths[1], 1, num_classes=64)  # its last layer as the hint
-        steps = _losses(hinted, torch.randn(size, 3, 32, 32), rounds)
+        hints = _losses(hinted, torch.randn(size, 3, 32, 32), rounds)
     ratio = 1 / heads[HEADS].ratio(heads.baseline, cpu=True).median
-    wider = steps[CONFIDENCE].ratio(steps.baseline, cpu=True)
+    wider = hints[CONFIDENCE].ratio(hints.baseline, cpu=True)
     return Section(
         question="What does a step of distillation cost?",
         target=(
@@ -49,63 +56,128 @@ def measure(quick: bool, rounds: int | None) -> Section:
         tables={
             f"WRN-{depths[0]}-2 teaches WRN-{depths[1]}-1, batch {size}": uncached.table(),
             "the same from a cache, with loading a batch": cached.table(),
+            "what a step holds at once, beyond networks, gradients and moments": _memory_table(held),
             f"ResNet-18 with dropout before its classifier, one image of {32 if quick else 224} px": heads.table(),
-            f"steps of WRN-{depths[1]}-1 with a hint layer of 64 dimensions, batch {size}": steps.table(),
+            f"steps of WRN-{depths[1]}-1 with a hint layer of 64 dimensions, batch {size}": hints.table(),
             f"the losses alone: a student of one linear layer, batch {size}": losses.table(),
         },
         verdicts=[
             f"uncached: of the CPU's time, {uncached.beside_spread(UNCACHED, cpu=True)}",
+            *([f"torchdistill: of the CPU's time, {uncached.beside_spread(PEER, cpu=True)}"] if PEER in held else []),
             f"cached: of the CPU's time, {cached.beside_spread(CACHED, cpu=True)}",
             f"passes of the head are {ratio:.0f} times as cheap as full passes, of the CPU's time",
             f"a confidence step takes {wider.median:.2f} ({wider.lower:.2f}–{wider.upper:.2f})× a hint step, of the CPU's time",
         ],
-        settings={"threads": 1, "rounds": rounds},
+        settings={"threads": 1, "rounds": rounds, "torchdistill": _version()},
     )
 
 
-def _steps(teacher: nn.Module, student: nn.Module, size: int, rounds: int, folder: Path) -> tuple[Comparison, Comparison]:
-    data = TensorDataset(torch.randn(2 * size, 3, 32, 32), torch.randint(10, (2 * size,)))
-    distiller = LitDistiller(teacher, student, [KnowledgeDistillation()])
-    distiller.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no Trainer
-    optimizer = torch.optim.SGD(student.parameters(), 1e-3, momentum=0.9)
+class Steps:
+    """One training step of the same student under the same loss, in each way.
 
-    def step(loss: Callable[[], Tensor]) -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
+    Args:
+        teacher: Of the student.
+        student: Takes the steps of all ways in turn.
+        size: Samples in a batch.
+        folder: For the cache.
+    """
 
-    samples = SeededSamples(data)
-    cache = TeacherCache(folder / "cache", distiller.teacher, samples)
-    cache.fill(distiller.teacher, torch.device("cpu"))
-    indices = list(range(size))
+    def __init__(self, teacher: nn.Module, student: nn.Module, size: int, folder: Path) -> None:
+        data = TensorDataset(torch.randn(2 * size, 3, 32, 32), torch.randint(10, (2 * size,)))
+        distiller = LitDistiller(teacher, student, [KnowledgeDistillation(**LOSS)])
+        distiller.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no Trainer
+        self.optimizer = torch.optim.SGD(student.parameters(), 1e-3, momentum=0.9)
+        samples = SeededSamples(data)
+        cache = TeacherCache(folder / "cache", distiller.teacher, samples)
+        cache.fill(distiller.teacher, torch.device("cpu"))
+        cached = SamplesWithReadings(cache)
+        indices = list(range(size))
 
-    def batch(source: Any) -> Any:
-        return default_collate(source.__getitems__(indices))
+        def batch(source: Any) -> Any:
+            return default_collate(source.__getitems__(indices))
 
-    inputs, labels = batch(samples)
-    with torch.no_grad():
-        given = teacher(inputs)
-
-    def by_hand() -> Tensor:
+        inputs, labels = batch(samples)
         with torch.no_grad():
-            theirs = teacher(inputs)
-        return knowledge_distillation(student(inputs), theirs, labels)
+            given = teacher.eval()(inputs)
 
-    def plain() -> Tensor:
-        images, classes = batch(samples)
-        return knowledge_distillation(student(images), given, classes)
+        def by_hand() -> Tensor:
+            with torch.no_grad():
+                theirs = teacher(inputs)
+            return self.loss(student(inputs), theirs, labels)
 
-    uncached = interleaved(
-        Candidate("teacher's forward and student's step", lambda _: step(by_hand)),
-        [Candidate(UNCACHED, lambda _: step(lambda: distiller.training_step((inputs, labels), 0)))],
-        rounds=rounds,
+        def plain() -> Tensor:
+            images, classes = batch(samples)
+            return self.loss(student(images), given, classes)
+
+        self.losses: dict[str, Callable[[], Tensor]] = {
+            BY_HAND: by_hand,
+            UNCACHED: lambda: distiller.training_step((inputs, labels), 0),
+            PLAIN: plain,
+            CACHED: lambda: distiller.training_step(batch(cached), 0),
+        }
+        if find_spec("torchdistill"):
+            box = _torchdistill(teacher, student)
+            self.losses[PEER] = lambda: box.forward_process(inputs, labels)
+
+    @staticmethod
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """What all ways compute."""
+        return knowledge_distillation(student, teacher, labels, **LOSS)
+
+    def step(self, way: str) -> None:
+        """One step."""
+        self.optimizer.zero_grad()
+        self.losses[way]().backward()
+        self.optimizer.step()
+
+    def compared(self, rounds: int) -> tuple[Comparison, Comparison]:
+        """Time of the ways that run the teacher, and of those that read what it said."""
+        ways = {way: Candidate(way, lambda _, way=way: self.step(way)) for way in self.losses}
+        running = [ways[way] for way in (UNCACHED, PEER) if way in ways]
+        return (
+            interleaved(ways[BY_HAND], running, rounds=rounds),
+            interleaved(ways[PLAIN], [ways[CACHED]], rounds=2 * rounds),
+        )
+
+    def held(self) -> dict[str, float]:
+        """The most MiB that a step of each way allocates at once."""
+        return {way: allocated(lambda way=way: self.step(way)) for way in self.losses}  # type: ignore[misc]
+
+
+def _torchdistill(teacher: nn.Module, student: nn.Module) -> Any:
+    """Its box of one stage with the same loss and a frozen teacher, as its examples for CIFAR configure it."""
+    logits = {
+        f"{who}_module_{what}": value for who in ("student", "teacher") for what, value in (("path", "."), ("io", "output"))
+    }
+    term = {"key": "KDLoss", "kwargs": {**logits, "temperature": LOSS["temperature"], "alpha": 1 - LOSS["alpha"]}}
+    criterion = {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": term, "weight": 1.0}}}}
+    settings = {
+        "num_epochs": 1,
+        "teacher": {"sequential": [], "forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"sequential": [], "forward_proc": "forward_batch_only"},
+        "criterion": criterion,
+    }
+    frozen = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
+    box = import_module("torchdistill.core.distillation").DistillationBox(
+        teacher, student, {}, settings, torch.device("cpu"), None, distributed=False, lr_factor=1
     )
-    cached = interleaved(
-        Candidate(PLAIN, lambda _: step(plain)),
-        [Candidate(CACHED, lambda _: step(lambda: distiller.training_step(batch(SamplesWithReadings(cache)), 0)))],
-        rounds=2 * rounds,
-    )
-    return uncached, cached
+    for parameter, wanted in frozen.items():
+        parameter.requires_grad_(wanted)
+    box.teacher_model.eval()
+    box.student_model.train()
+    return box
+
+
+def _memory_table(held: dict[str, float]) -> str:
+    lines = ["| what | MiB | ratio |", "|---|---:|---:|"]
+    for way, amount in held.items():
+        beside = PLAIN if way in (PLAIN, CACHED) else BY_HAND
+        lines.append(f"| {way} | {amount:.1f} | {amount / held[beside]:.3f} |")
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    return metadata.version("torchdistill") if find_spec("torchdistill") else "not installed"
 
 
 def _heads(passes: int, pixels: int) -> Comparison:

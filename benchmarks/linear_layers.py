@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.allocation import allocated
 from benchmarks.linear_peers import linear_peers, pointwise_peers, versions
 from benchmarks.page import Section, main
 from benchmarks.timing import Candidate, Comparison, interleaved, ratio_text, threads
@@ -169,15 +168,6 @@ def memory(subject: Subject) -> tuple[str, str]:
     more = [f"{name} {peaks[name] / peaks['dense']:.2f}×" for name in subject.ours if peaks[name] > 1.1 * peaks["dense"]]
     met = f"memory of a step: {len(subject.ours) - len(more)} of {len(subject.ours)} kinds take at most 1.10× the dense layer's"
     return "\n".join(lines), f"{met}; not {', '.join(more)}" if more else met
-
-
-def allocated(run: Callable[[], None]) -> float:
-    """The most MiB that a run holds at once, beyond what was held before, as PyTorch's allocator reports them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate(change for _, change in changes), default=0) / 2**20
 
 
 if __name__ == "__main__":
