@@ -11,7 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -103,6 +103,26 @@ ROWS = {
         cut_at=Fraction(2, 3),
         published=Published(widths="", R_w=0.83, R_n=15.55, before=None, after=1.0),
     ),
+}
+
+OPTIMIZER = "--model.init_args.optimizer"
+NO_DECAY = {f"{OPTIMIZER}.weight_decay": "0"}
+TRIED: dict[str, Mapping[str, str]] = {
+    "Adam": {OPTIMIZER: "torch.optim.Adam", f"{OPTIMIZER}.lr": "0.001", **NO_DECAY},
+    "no decay": NO_DECAY,
+    "strong decay": {f"{OPTIMIZER}.weight_decay": "0.0005"},
+    "batches of 32": {"--data.batch_size": "32"},
+    "patience 10": {f"{PRUNING}patience": "10"},
+    "constant rate": {"--model.init_args.scheduler": "null"},
+    "other dropout": {"--model.init_args.input_dropout": "0.1"},
+    "no companions": {"--model.init_args.companions": "null"},
+    "exact marginal": {f"{PRUNING}marginal": "exact"},
+}
+"""Other ways to train and to prune the two LeNets, each a row of its own."""
+ROWS |= {
+    f"{name}, {what}": replace(ROWS[name], options=options, published=None)
+    for name in ("300-100 C", "LeNet-5 C")
+    for what, options in TRIED.items()
 }
 
 
