@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pytorch_lightning
 from pytorch_lightning import Trainer
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +15,9 @@ from rich.table import Table
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.loggers import Outlets
+from lit_compress.environment import environment
 from lit_compress.pictures import plot_widths
-from lit_compress.recipe import Recipe
+from lit_compress.recipe import Recipe, single_methods
 from lit_compress.report import Latency
 
 
@@ -26,12 +28,14 @@ class Measurement:
     Args:
         parameters: Trainable parameters.
         mult_adds: Mult-adds of convolutions and linear layers, one sample.
+        memory: Bytes of weights and buffers.
         latency: A validation step on one batch of the analysis data.
         metrics: What the module logs on its validation data.
     """
 
     parameters: int
     mult_adds: int
+    memory: int
     latency: Latency
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -42,6 +46,7 @@ class CutReport:
 
     Args:
         epoch: The epoch before which it was made.
+        step: Optimizer steps until then.
         recipe: All cuts so far, relative to the network as it was built.
         before: Right before this cut.
         after: Right after it, with no training between.
@@ -50,6 +55,7 @@ class CutReport:
     """
 
     epoch: int
+    step: int
     recipe: Recipe
     before: Measurement
     after: Measurement
@@ -91,7 +97,7 @@ class CutReport:
         outlets.values(values)
         for name, figure in figures.items():
             outlets.figure(f"compress/{name}", figure, f"cut_{index}_{name}")
-        outlets.table("compress/layers", *table.cells())
+        outlets.table("compress/layers", *table.cells(), f"cut_{index}_layers")
         outlets.write(f"cut_{index}_layers.txt", lambda path: path.write_text(str(table), encoding="utf-8"))
         outlets.write("recipe.json", self.recipe.save)
 
@@ -101,11 +107,6 @@ class CutReport:
         if not outlets.open:
             return
         outlets.values({f"compress/fine_tuned/{name}": value for name, value in final.items()})
-        summary = {
-            "before": asdict(first), "after_cut": asdict(self.after), "fine_tuned": dict(final), "batch_size": self.batch_size,
-            "ratios": dict(self.ratios), "method": self.recipe.method,
-        }  # fmt: skip
-        outlets.write("summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
         console = Console()
         console.print(self._table(first, final))
         console.print(f"Recipe, tables and pictures: {escape(str(outlets.folder))}", soft_wrap=True)
@@ -132,6 +133,7 @@ class CutReport:
         """Builtin types only, for a checkpoint."""
         fields = {
             "epoch": self.epoch,
+            "step": self.step,
             "batch_size": self.batch_size,
             "recipe": self.recipe.to_dict(),
             "ratios": dict(self.ratios),
@@ -147,9 +149,45 @@ class CutReport:
 
         return cls(
             epoch=data["epoch"],
+            step=data["step"],
             recipe=Recipe.from_dict(data["recipe"]),
             before=moment("before"),
             after=moment("after"),
             ratios=dict(data["ratios"]),
             batch_size=data["batch_size"],
         )
+
+
+def write_summary(trainer: Trainer, reports: Sequence[CutReport], fine_tuned: Mapping[str, float] | None = None) -> None:
+    """Write ``summary.json``: what all cuts of a run together did, cut by cut, and where the run took place.
+
+    ``lit-compress report`` makes a page of it. It is written at each cut, so that an interrupted run has it as well.
+
+    Args:
+        trainer: The running Trainer.
+        reports: The cuts that the network has, in their order.
+        fine_tuned: What the module logs on its validation data at the end of the run; None before it.
+    """
+    outlets = Outlets(trainer)
+    if not outlets.open:
+        return
+    summary: dict[str, Any] = {}
+    if reports:
+        last = reports[-1]
+        summary |= {
+            "method": last.recipe.method, "before": asdict(reports[0].before), "after_cut": asdict(last.after),
+            "batch_size": last.batch_size, "ratios": dict(last.ratios),
+        }  # fmt: skip
+    if fine_tuned is not None:
+        summary["fine_tuned"] = dict(fine_tuned)
+    summary["cuts"] = [
+        {**report.to_dict(), "recipe": single_methods(report.recipe.method)[-1], "widths": report.recipe.widths}
+        for report in reports
+    ]
+    summary["environment"] = {
+        **environment(trainer.strategy.root_device),
+        "pytorch-lightning": pytorch_lightning.__version__,
+        "precision": str(trainer.precision),
+        "strategy": f"{type(trainer.strategy).__name__}, {trainer.world_size} process(es)",
+    }
+    outlets.write("summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
