@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pytorch_lightning
 from pytorch_lightning import Trainer
+from pytorch_lightning.__version__ import version as lightning_version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.loggers import Outlets
@@ -171,7 +172,7 @@ def write_summary(trainer: Trainer, reports: Sequence[CutReport], fine_tuned: Ma
     outlets = Outlets(trainer)
     if not outlets.open:
         return
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"network": _name(trainer.lightning_module)}
     if reports:
         last = reports[-1]
         summary |= {
@@ -186,8 +187,16 @@ def write_summary(trainer: Trainer, reports: Sequence[CutReport], fine_tuned: Ma
     ]
     summary["environment"] = {
         **environment(trainer.strategy.root_device),
-        "pytorch-lightning": pytorch_lightning.__version__,
+        "pytorch-lightning": lightning_version,
         "precision": str(trainer.precision),
         "strategy": f"{type(trainer.strategy).__name__}, {trainer.world_size} process(es)",
     }
     outlets.write("summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
+
+
+def _name(module: nn.Module) -> str:
+    """A module's class, and those of the parts that hold its weights."""
+    parts = [
+        f"{name}: {type(part).__name__}" for name, part in module.named_children() if next(part.parameters(), None) is not None
+    ]
+    return type(module).__name__ + (f" ({', '.join(parts)})" if parts else "")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import sys
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
@@ -24,7 +26,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """
     device = torch.device(device)
     on_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if on_cuda else processor()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
@@ -35,3 +37,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "lit-compress": __version__,
         "torch": f"{torch.__version__}{f', CUDA {torch.version.cuda}' if on_cuda else ''}",
     }
+
+
+def processor() -> str:
+    """Name of this machine's processor."""
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpus.read_text(encoding="utf-8")) if cpus.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
