@@ -160,7 +160,8 @@ def _table(file: Path) -> dict[str, dict[str, str]]:
 
 def _layers(recipe: Recipe, tables: Sequence[Mapping[str, Mapping[str, str]]]) -> list[LayerWidth]:
     layers = []
-    for name in recipe.original or recipe.keep:
+    forward = tables[-1] if tables else {}  # in this order; a recipe of several cuts has another one
+    for name in dict.fromkeys([*(name for name in forward if name in recipe.original), *(recipe.original or recipe.keep)]):
         rows = [table[name] for table in tables if name in table]
         before = recipe.original.get(name)
         after = len(recipe.keep[name]) if name in recipe.keep else recipe.original[name]

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -53,15 +53,14 @@ _METHODS = {
     "slimming": "Channels whose batch norms scale them the least were removed.",
     "random": "Channels were removed at random.",
 }
-_PICTURES = {
-    "Spectra": "The share of response energy that the first directions of each layer hold, a curve a layer, from dark (first "
-    "layer) to light (last). A dot marks how many channels stay: where curves rise steeply and stay flat, there was much to cut.",
-    "Scores": "The scores of each layer's channels, from the highest to the lowest, a curve a layer, from dark (first layer) to "
-    "light (last). A dot marks the last channel that stays.",
-    "Sizes over the run": "Above, the shares of parameters and mult-adds that are left; below, a row a layer, dark where it has "
-    "all channels. Dotted lines mark the cuts.",
-    "Information over time": "The bits that the units of each layer carry, from dark (first layer) to light (last). "
-    "Dotted lines mark the cuts.",
+_PICTURES = {  # no shades by name: dark pages show them inverted
+    "Spectra": "The share of response energy that the first directions of each layer hold, a curve a layer. A dot marks how many "
+    "channels stay: where curves rise steeply and stay flat, there was much to cut.",
+    "Scores": "The scores of each layer's channels, from the highest to the lowest, a curve a layer. A dot marks the last "
+    "channel that stays.",
+    "Sizes over the run": "Above, the shares of parameters and mult-adds that are left; below, a row a layer, coloured by the "
+    "share of its channels. Dotted lines mark the cuts.",
+    "Information over time": "The bits that the units of each layer carry, a curve a layer. Dotted lines mark the cuts.",
 }
 _STAGE = re.compile(r"^(train|training|val|valid|validation|test)[/_]|_(step|epoch)$")
 _BITS = "compress/information/"
@@ -140,8 +139,7 @@ def _tiles(run: Run) -> str:
             tiles.append((f"{name}, {when}", _metric(last), f"{_metric(before['metrics'][name])} before"))
     for name, key, form in _SIZES:
         tiles.append((f"{name} kept", _share(before[key], after[key]), f"{form(before[key])} to {form(after[key])}"))
-    old, new = _latency(before), _latency(after)
-    tiles.append(("time of a step", _share(old.median, new.median), f"{old.median:.2f} ms to {new.median:.2f} ms"))
+    tiles.append(("time of a step", _speed(run), f"batch of {run.summary['batch_size']}, in turns"))
     cells = "".join(
         f'<div><dt>{escape(name)}</dt><dd class="large">{value}</dd><dd class="quiet">{below}</dd></div>'
         for name, value, below in tiles
@@ -178,21 +176,20 @@ def _before_and_after(run: Run) -> str:
     for name, key, form in _SIZES:
         old, new = before[key], after[key]
         rows.append([name, form(old), form(new), *([form(new)] if ends else []), f"{_share(old, new)} kept"])
-    old_time, new_time = _latency(before), _latency(after)
     blank = [""] if ends else []
-    ratio = f"{_share(old_time.median, new_time.median)} of the time"
-    rows.append([f"step, batch of {summary['batch_size']}", _time(old_time), _time(new_time), *blank, ratio])
+    step = f"step, batch of {summary['batch_size']}"
+    rows.append([step, _time(before), _time(after), *blank, f"{_speed(run)} of the time"])
     for key, what in (("R_n", "outputs of the layers (R_n)"), ("R_w", "weights of the layers (R_w)")):
         rows.append([what, "", "", *blank, f"{100 * summary['ratios'][key]:.1f} % kept"])
-    several = (
-        " Each cut timed the network right before and after it; these are the first and the last of these times."
+    turns = (
+        "at each cut in turns with the network before it, and the change is that of all these pairs together"
         if len(run.cuts) > 1
-        else " Both networks were timed in turns."
+        else "in turns"
     )
     caption = (
         "Before the first cut, and right after the last one without any training. Mult-adds are of one sample, memory is that of "
-        f"weights and buffers. A step is one of validation on {escape(summary['environment']['device'])}: its median time and, "
-        f"below, the quartiles.{several}"
+        "weights and buffers. A step is one of validation: its median time and, below, the quartiles, measured "
+        f"{turns}, on {escape(summary['environment']['device'])}."
     )
     return _table(caption, ["", "before", "after the cut", *ends, "change"], rows)
 
@@ -201,15 +198,13 @@ def _cut_by_cut(run: Run) -> str:
     if len(run.cuts) < 2:
         return ""
     metrics = _first_metrics(run.cuts[0]["before"]["metrics"])
-    columns = ["cut", "before epoch", "step", "parameters", "mult-adds", "memory", "time of a step", *map(escape, metrics), "by"]
+    columns = ["cut", "before epoch", "parameters", "mult-adds", "time of a step", *map(escape, metrics), "by"]
     rows = []
     for number, cut in enumerate(run.cuts, 1):
         before, after = cut["before"], cut["after"]
-        sizes = [form(after[key]) for _, key, form in _SIZES]
+        sizes = [f"{after[key]:,}" for key in ("parameters", "mult_adds")]
         values = [f"{_metric(before['metrics'].get(name))} → {_metric(after['metrics'].get(name))}" for name in metrics]
-        rows.append(
-            [str(number), str(cut["epoch"]), f"{cut['step']:,}", *sizes, _time(_latency(after)), *values, _code(cut["recipe"])]
-        )
+        rows.append([str(number), str(cut["epoch"]), *sizes, _time(after), *values, _code(cut["recipe"])])
     caption = "What each cut left, and what the metrics were right before and right after it."
     chart = ""
     if ends := [points[-1][0] for points in run.logged.curves.values()]:
@@ -298,7 +293,7 @@ def _training(run: Run) -> str:
         if len(charts) > 6
         else ""
     )
-    marked = " Dashed lines mark the cuts." if run.cuts else ""
+    marked = " Dotted lines mark the cuts." if run.cuts else ""
     return (
         f'<p class="quiet">What was logged, read from {escape(run.logged.source)}; beside each name its first and its last '
         f'value.{marked}</p><div class="charts">{"".join(charts[:6])}</div>{rest}'
@@ -313,7 +308,7 @@ def _recipe(run: Run) -> str:
     return (
         f"<p>{_code(run.recipe.method)}: {len(run.recipe.keep)} layers lost channels. The recipe says which channels of each "
         "layer stay, relative to the network as it is built.</p>"
-        f"<details><summary>The whole recipe, as JSON</summary>{_block('Recipe', lines)}</details>"
+        f"<details><summary>The whole recipe, as JSON</summary>{_block(lines)}</details>"
     )
 
 
@@ -332,7 +327,7 @@ def _environment(run: Run) -> str:
     if run.settings is not None:
         content = escape(run.settings.read_text(encoding="utf-8"))
         name = escape(run.settings.name)
-        parts.append(f"<details><summary>All settings: <code>{name}</code></summary>{_block('Settings', content)}</details>")
+        parts.append(f"<details><summary>All settings: <code>{name}</code></summary>{_block(content)}</details>")
     return "".join(parts)
 
 
@@ -341,19 +336,20 @@ def _repeat(run: Run) -> str:
     config = run.settings if run.settings is not None and run.settings.name == "config.yaml" else None
     if config is not None:
         again = shlex.join(["lit-compress", "fit", "--config", str(config)])
-        parts.append(f"<p>The same run again, by the settings that it wrote down:</p>{_block('Command', escape(again))}")
+        parts.append(f"<p>The same run again, by the settings that it wrote down:</p>{_block(escape(again))}")
     if command := run.summary.get("environment", {}).get("command"):
-        parts.append(f"<p>What it was started with:</p>{_block('Command as it was given', escape(command))}")
+        parts.append(f"<p>What it was started with:</p>{_block(escape(command))}")
     if run.checkpoints and run.recipe is not None:
         code = (
             "from lit_compress import load_pruned\n\n"
-            f"model = load_pruned(YourModule, {str(run.checkpoints[0])!r})  # the class, or an instance as it is built"
+            "# the module's class, or an instance as its constructor builds it\n"
+            f"model = load_pruned(YourModule, {str(run.checkpoints[0])!r})"
         )
-        parts.append(f"<p>The small network in Python:</p>{_block('Python', escape(code))}")
+        parts.append(f"<p>The small network in Python:</p>{_block(escape(code))}")
         if config is not None:
             export = ["lit-compress", "export", "--config", str(config), "--ckpt", str(run.checkpoints[0])]
             deploy = shlex.join([*export, "--out", "model.onnx", "--verify"])
-            parts.append(f"<p>To deploy it:</p>{_block('Command to deploy', escape(deploy))}")
+            parts.append(f"<p>To deploy it:</p>{_block(escape(deploy))}")
     return "".join(parts)
 
 
@@ -375,13 +371,13 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], 
     body = "\n".join(f"<tr>{''.join(cell(index, html) for index, html in enumerate(row))}</tr>" for row in rows)
     label = escape(re.sub(r"<[^>]*>", "", caption).partition(".")[0])
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{caption}</caption>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption><span>{caption}</span></caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
-def _block(label: str, escaped: str) -> str:
-    return f'<pre tabindex="0" role="region" aria-label="{label}"><code>{escaped}</code></pre>'
+def _block(escaped: str) -> str:
+    return f"<pre><code>{escaped}</code></pre>"
 
 
 def _code(text: str) -> str:
@@ -415,12 +411,14 @@ def _share(before: float, after: float) -> str:
     return f"{100 * after / before:.1f} %" if before else ""
 
 
-def _latency(moment: Mapping[str, Any]) -> Latency:
-    return Latency(**moment["latency"])
-
-
-def _time(latency: Latency) -> str:
+def _time(moment: Mapping[str, Any]) -> str:
+    latency = Latency(**moment["latency"])
     return f'{latency.median:.2f} ms<span class="spread">{latency.lower:.2f} to {latency.upper:.2f}</span>'
+
+
+def _speed(run: Run) -> str:
+    """What is left of a step's time: each cut's pair was timed in turns, so that no load of the machine is in the share."""
+    return f"{100 * prod(cut['after']['latency']['median'] / cut['before']['latency']['median'] for cut in run.cuts):.1f} %"
 
 
 def _steps(run: Run) -> list[float]:
