@@ -229,21 +229,18 @@ def _layers(layers: Sequence[LayerWidth]) -> str:
     rows = []
     for layer in layers:
         weights = "" if layer.weights is None else f"{layer.weights[0]:,} → {layer.weights[1]:,}"
-        bar, kept = "", ""
+        kept = ""
         if layer.before is not None:
             share = 100 * layer.after / max(layer.before, 1)
-            bar, kept = f'<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>', f"{share:.0f} %"
+            kept = f'<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>{share:.0f} %'
         before = "" if layer.before is None else str(layer.before)
-        rows.append(
-            [_code(layer.name), before, str(layer.after), kept, bar, *([weights] if with_weights else []), escape(layer.note)]
-        )
+        rows.append([_code(layer.name), before, str(layer.after), kept, *([weights] if with_weights else []), escape(layer.note)])
     caption = "Output channels of each layer, in the order of the forward: as it was built, and what is left."
     columns = [
         "layer",
         "built with",
         "left",
         "kept",
-        '<span aria-hidden="true"></span>',
         *(["weights"] if with_weights else []),
         "note",
     ]
