@@ -19,7 +19,7 @@ def line_chart(
     title: str,
     curves: Mapping[str, Curve],
     *,
-    x_label: str = "optimizer steps",
+    span: tuple[float, float],
     cuts: Sequence[float] = (),
     stepped: bool = False,
     from_zero: bool = False,
@@ -28,9 +28,9 @@ def line_chart(
 
     Args:
         title: What the vertical axis shows.
-        curves: Name to pairs of x and y; what is not finite leaves a gap.
-        x_label: What the horizontal axis shows.
-        cuts: Places on it to mark, numbered from 1.
+        curves: Name to pairs of optimizer step and value; what is not finite leaves a gap.
+        span: The steps of the horizontal axis.
+        cuts: Steps to mark, numbered from 1; those outside of the span are not shown.
         stepped: A value holds until the next one.
         from_zero: Begin the vertical axis at 0.
 
@@ -40,14 +40,14 @@ def line_chart(
     Raises:
         ValueError: If no value is finite.
     """
-    points = [(x, y) for curve in curves.values() for x, y in curve if isfinite(y)]
-    if not points:
+    values = [y for curve in curves.values() for _, y in curve if isfinite(y)]
+    if not values:
         raise ValueError(f"There is no finite value to draw of {title}.")
-    x_ticks = _ticks(min(0.0, *(x for x, _ in points)), max(x for x, _ in [*points, *((cut, 0.0) for cut in cuts)]))
-    y_ticks = _ticks(min([y for _, y in points] + [0.0] * from_zero), max(y for _, y in points))
+    start, end = span if span[1] > span[0] else (span[0] - 1, span[0] + 1)
+    y_ticks = _ticks(min([*values, 0.0] if from_zero else values), max(values))
 
     def across(x: float) -> float:
-        return _LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (x - start) / (end - start) * (_WIDTH - _LEFT - _RIGHT)
 
     def up(y: float) -> float:
         return _HEIGHT - _BOTTOM - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _TOP - _BOTTOM)
@@ -57,12 +57,14 @@ def line_chart(
         y = up(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in x_ticks:
+    for tick in (tick for tick in _ticks(start, end, least=1) if start <= tick <= end):
         parts.append(f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">optimizer steps</text>')
     labelled = -100.0
     for number, cut in enumerate(cuts, 1):
+        if not start <= cut <= end:
+            continue
         x = across(cut)
         parts.append(f'<line class="cut" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
         label = f"cut {number}" if len(cuts) < 4 else f"{number}"
@@ -76,7 +78,7 @@ def line_chart(
         f"{escape(name)} <span>{_words(curve)}</span></li>"
         for index, (name, curve) in enumerate(curves.items())
     )
-    label = f"{title} over {x_label}" + (f", with {len(cuts)} cut(s) marked" if cuts else "")
+    label = f"{title} over optimizer steps{f', with {len(cuts)} cut(s) marked' if cuts else ''}"
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
@@ -98,12 +100,13 @@ def _path(curve: Curve, across: Callable[[float], float], up: Callable[[float], 
     return "".join(pieces)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, four to seven of them, from at or below a range to at or above it."""
+def _ticks(low: float, high: float, least: float = 0.0) -> list[float]:
+    """Round numbers, up to seven of them, no closer than ``least``, from at or below a range to at or above it."""
     if high <= low:
         low, high = low - abs(low) / 2 - 1e-12, low + abs(low) / 2 + 1e-12
     magnitude = 10.0 ** floor(log10((high - low) / 4))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if (high - low) / (factor * magnitude) <= 5)
+    step = max(step, least)
     return [round(count * step, 12) for count in range(floor(low / step + 1e-9), ceil(high / step - 1e-9) + 1)]
 
 

@@ -71,6 +71,11 @@ class Run:
         cuts: Sequence[Mapping[str, Any]] = self.summary.get("cuts", [])
         return cuts
 
+    @property
+    def removing(self) -> Sequence[Mapping[str, Any]]:
+        """Those cuts that have removed something: a method may also find that nothing is left to remove."""
+        return [cut for cut in self.cuts if cut["after"]["parameters"] < cut["before"]["parameters"]]
+
     @classmethod
     def load(cls, folder: Path) -> Run:
         """Read a run's folder.
