@@ -11,7 +11,7 @@ from lit_compress.reporting.logs import Curve
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 22, 40
-_POINTS = 400  # as many as there are pixels
+_POINTS = 400  # about as many as there are pixels; of a longer curve, every n-th value is drawn, and the last
 _STYLES = 6  # colours and dashes in page.css
 
 
@@ -24,7 +24,7 @@ def line_chart(
     stepped: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """A figure with a chart, its legend, and the last values in words.
+    """A figure with a chart and a legend, which tells the first and the last value of each curve.
 
     Args:
         title: What the vertical axis shows.
@@ -80,7 +80,7 @@ def line_chart(
     )
     label = f"{title} over optimizer steps{f', with {len(cuts)} cut(s) marked' if cuts else ''}"
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
         f'<ul class="legend">{legend}</ul></figure>'
     )

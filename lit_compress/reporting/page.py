@@ -88,7 +88,7 @@ def _lead(run: Run) -> str:
     cuts = run.removing
     epochs = [str(cut["epoch"]) for cut in cuts]
     if not run.cuts and run.recipe is not None:
-        how = f"The network was cut by {code(run.recipe.method)}."
+        how = f"The network was cut to the recipe {code(run.recipe.method)}."
     elif not run.cuts:
         how = "Nothing was cut in this run."
     elif not cuts:
