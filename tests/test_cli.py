@@ -1,6 +1,9 @@
 """The command line, run as a shell would, on every config."""
 
+import html
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +112,18 @@ def test_export_writes_checks_and_times(run, tmp_path, capsys):
         assert row in shown
     session = onnxruntime.InferenceSession(str(out))
     assert session.run(None, {session.get_inputs()[0].name: torch.rand(4, 1, 8, 8).numpy()})[0].shape == (4, 10)
+
+
+def test_a_report_tells_how_to_repeat_the_run(run, capsys):
+    main(["report", "--run", str(run)])
+    commands = re.findall(r"<pre><code>lit-compress (.*?)</code></pre>", (run / "report.html").read_text(encoding="utf-8"))
+    assert [command.split()[0] for command in commands] == ["fit", "export"]
+    for command in commands:
+        main(shlex.split(html.unescape(command)))
+    again = max((path for path in run.parent.iterdir()), key=lambda path: path.stat().st_mtime)
+    assert again != run
+    assert Recipe.load(again / "compress" / "recipe.json") == Recipe.load(run / "compress" / "recipe.json")
+    assert Path("model.onnx").exists()
 
 
 @pytest.mark.parametrize(
