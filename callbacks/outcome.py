@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 from pytorch_lightning import Trainer
@@ -52,6 +53,7 @@ class CutReport:
         before: Right before this cut.
         after: Right after it, with no training between.
         ratios: ``R_n`` and ``R_w`` after it, as :meth:`Analysis.ratios <lit_compress.Analysis.ratios>` gives them.
+        time_share: Time of a step right after it as a share of that right before, both measured in turns, the median over these.
         batch_size: Batch size of the latencies.
     """
 
@@ -61,6 +63,7 @@ class CutReport:
     before: Measurement
     after: Measurement
     ratios: Mapping[str, float]
+    time_share: float
     batch_size: int
 
     def publish(self, trainer: Trainer, analysis: Analysis, recipe: Recipe, index: int) -> None:
@@ -102,17 +105,18 @@ class CutReport:
         outlets.write(f"cut_{index}_layers.txt", lambda path: path.write_text(str(table), encoding="utf-8"))
         outlets.write("recipe.json", self.recipe.save)
 
-    def finish(self, trainer: Trainer, first: Measurement, final: Mapping[str, float]) -> None:
-        """Log and print what the run gained: before the first cut, after the last one, and after fine-tuning."""
+    def finish(self, trainer: Trainer, reports: Sequence[CutReport], final: Mapping[str, float]) -> None:
+        """Log and print what the run gained: before the first of these cuts, after this last one, and after fine-tuning."""
         outlets = Outlets(trainer)
         if not outlets.open:
             return
         outlets.values({f"compress/fine_tuned/{name}": value for name, value in final.items()})
         console = Console()
-        console.print(self._table(first, final))
+        console.print(self._table(reports, final))
         console.print(f"Recipe, tables and pictures: {escape(str(outlets.folder))}", soft_wrap=True)
 
-    def _table(self, first: Measurement, final: Mapping[str, float]) -> Table:
+    def _table(self, reports: Sequence[CutReport], final: Mapping[str, float]) -> Table:
+        first = reports[0].before
         table = Table(title=escape(f"{self.recipe.method}, before epoch {self.epoch}"))
         for column in ("", "before", "after the cut", "fine-tuned", "kept"):
             table.add_column(column, justify="left" if column == "" else "right")
@@ -126,8 +130,8 @@ class CutReport:
             table.add_row(name, f"{old:,}", f"{new:,}", f"{new:,}", f"{new / max(old, 1):.1%}")
         for name, what in (("R_n", "layer outputs"), ("R_w", "weights")):
             table.add_row(f"{what} ({name})", "", "", "", f"{self.ratios[name]:.1%}")
-        ratio = self.after.latency.median / first.latency.median
-        table.add_row(f"step, batch {self.batch_size}", str(first.latency), str(self.after.latency), "", f"{ratio:.1%}")
+        time_share = prod(report.time_share for report in reports)
+        table.add_row(f"step, batch {self.batch_size}", str(first.latency), str(self.after.latency), "", f"{time_share:.1%}")
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +140,7 @@ class CutReport:
             "epoch": self.epoch,
             "step": self.step,
             "batch_size": self.batch_size,
+            "time_share": self.time_share,
             "recipe": self.recipe.to_dict(),
             "ratios": dict(self.ratios),
         }
@@ -155,6 +160,7 @@ class CutReport:
             before=moment("before"),
             after=moment("after"),
             ratios=dict(data["ratios"]),
+            time_share=data["time_share"],
             batch_size=data["batch_size"],
         )
 

@@ -338,7 +338,7 @@ class PruningCallback(Callback, ABC):
         final = over_ranks({name: value for name, value in metrics.items() if name in known})
         write_summary(trainer, reports, final)
         if self.reports:
-            self.reports[-1].finish(trainer, self.reports[0].before, final)
+            self.reports[-1].finish(trainer, self.reports, final)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -486,6 +486,7 @@ class PruningCallback(Callback, ABC):
             before=before,
             after=after,
             ratios=analysis.ratios(recipe),
+            time_share=speed.ratio,
             batch_size=stopwatch.batch_size,
         )
         if self.fallback is not None and kept is not None:

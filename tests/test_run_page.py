@@ -124,6 +124,7 @@ def test_every_figure_of_the_summary_is_on_the_page(digits):
     for cell, moment in zip(step, moments, strict=False):
         latency = moment["latency"]
         assert cell == f"{latency['median']:.2f} ms{latency['lower']:.2f} to {latency['upper']:.2f}"
+    assert step[-1] == f"{100 * np.prod([cut['time_share'] for cut in summary['cuts']]):.1f} % of the time"
     for name, ratio in summary["ratios"].items():
         assert next(cells[-1] for row, cells in rows.items() if f"({name})" in row) == f"{100 * ratio:.1f} % kept"
     cuts = shown.table("before epoch")

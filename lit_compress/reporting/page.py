@@ -169,15 +169,12 @@ def _before_and_after(run: Run) -> str:
     rows.append([step, time(before["latency"]), time(after["latency"]), *blank, f"{_speed(run)} of the time"])
     for key, what in (("R_n", "outputs of the layers (R_n)"), ("R_w", "weights of the layers (R_w)")):
         rows.append([what, "", "", *blank, f"{100 * summary['ratios'][key]:.1f} % kept"])
-    turns = (
-        "at each cut in turns with the network before it, and the change is that of all these pairs together"
-        if len(run.cuts) > 1
-        else "in turns"
-    )
+    several = ", and of all cuts together" if len(run.cuts) > 1 else ""
     caption = (
         "Before the first cut, and right after the last one without any training. Mult-adds are of one sample, memory is that of "
-        "weights and buffers. A step is one of validation: its median time and, below, the quartiles, measured "
-        f"{turns}, on {escape(summary['environment']['device'])}."
+        "weights and buffers. A step is one of validation: its median time and, below, the quartiles, on "
+        f"{escape(summary['environment']['device'])}. The networks of a cut were timed in turns, and the change is the median "
+        f"over these{several}."
     )
     return table(caption, ["", "before", "after the cut", *ends, "change"], rows)
 
@@ -269,8 +266,8 @@ def _repeat(run: Run) -> str:
 
 
 def _speed(run: Run) -> str:
-    """What is left of a step's time: each cut's pair was timed in turns, so that no load of the machine is in the share."""
-    return f"{100 * prod(cut['after']['latency']['median'] / cut['before']['latency']['median'] for cut in run.cuts):.1f} %"
+    """What is left of a step's time: at each cut the two networks took turns, so that no load of the machine is in the share."""
+    return f"{100 * prod(cut['time_share'] for cut in run.cuts):.1f} %"
 
 
 def _anchor(title: str) -> str:
