@@ -66,4 +66,5 @@ def share(before: float, after: float) -> str:
 
 def time(latency: Mapping[str, float]) -> str:
     """The fields of a :class:`~lit_compress.report.Latency`: the median and, on a line of its own, the quartiles."""
-    return f'{latency["median"]:.2f} ms<span class="spread">{latency["lower"]:.2f} to {latency["upper"]:.2f}</span>'
+    median, lower, upper = (f"{latency[name]:.{2 if latency['median'] >= 1 else 4}f}" for name in ("median", "lower", "upper"))
+    return f'{median} ms<span class="spread">{lower} to {upper}</span>'
