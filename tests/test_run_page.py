@@ -419,6 +419,13 @@ def test_a_run_that_only_logs_has_a_page(tmp_path):
     assert "Nothing says where this run took place" in shown.text
 
 
+def test_the_folder_of_a_second_logger_points_to_the_first(tmp_path):
+    loggers = [CSVLogger(tmp_path / "one", "", ""), CSVLogger(tmp_path / "two", "", "")]
+    fit_small(tmp_path, PFAPruning(energy=0.8, at_epoch=1), logger=loggers)
+    assert "Cut once, before epoch 1" in parsed(tmp_path / "one").text
+    assert "is in the folder of the first of the run's loggers" in parsed(tmp_path / "two").text
+
+
 class Killed(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.current_epoch == 1:

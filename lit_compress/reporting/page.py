@@ -89,6 +89,8 @@ def _lead(run: Run) -> str:
     epochs = [str(cut["epoch"]) for cut in cuts]
     if not run.cuts and run.recipe is not None:
         how = f"The network was cut to the recipe {code(run.recipe.method)}."
+    elif not run.summary and "compress/R_n" in run.logged.curves:
+        how = "The log tells of cuts, but what was measured at them is in the folder of the first of the run's loggers."
     elif not run.cuts:
         how = "Nothing was cut in this run."
     elif not cuts:
