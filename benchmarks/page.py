@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from lit_compress.environment import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -91,13 +92,7 @@ def machine(load: float) -> str:
     Args:
         load: Load average of the last minute, before the benchmark began.
     """
-    return f"torch {torch.__version__}; {_processor()}, {os.cpu_count()} cores; load average before {load:.1f}; commit {commit()}"
-
-
-def _processor() -> str:
-    cpus = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return f"torch {torch.__version__}; {processor()}, {os.cpu_count()} cores; load average before {load:.1f}; commit {commit()}"
 
 
 def commit() -> str:

@@ -23,7 +23,7 @@ from lit_compress.callbacks.anew import draw_anew
 from lit_compress.callbacks.companions import all_or_nothing, averages_of, forget_bests, optimizers_of, stops_now
 from lit_compress.callbacks.fallback import Fallback, Kept
 from lit_compress.callbacks.loaders import analysis_batches, refuse_several
-from lit_compress.callbacks.outcome import CutReport, Measurement
+from lit_compress.callbacks.outcome import CutReport, Measurement, write_summary
 from lit_compress.callbacks.progress import progress_of
 from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
 from lit_compress.callbacks.restart import first_schedule, prepare_restart, warn_if_cut_short
@@ -50,7 +50,7 @@ from lit_compress.plan import Plan, plan_of
 from lit_compress.rankings import Method
 from lit_compress.ranks import as_one, share
 from lit_compress.recipe import Recipe
-from lit_compress.report import count_parameters
+from lit_compress.report import count_bytes, count_parameters
 from lit_compress.spectra import PFA
 from lit_compress.statistics.gather import first_samples
 from lit_compress.surgery import cut, plan_for
@@ -275,6 +275,7 @@ class PruningCallback(Callback, ABC):
             hopeless = self.fallback.strength == 0
             self._validated_at = -1
             self.reports = self.fallback.go_back(trainer, pl_module)
+            write_summary(trainer, _all_reports(trainer))
             self.self_distillation.forget_if_whole(pl_module)
             if hopeless:
                 self.nothing_left(trainer)
@@ -331,12 +332,13 @@ class PruningCallback(Callback, ABC):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.reports:
-            return
-        first = self.reports[0].before
+        reports = _all_reports(trainer)
+        known = {name for report in reports for name in report.before.metrics}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | self._final
-        final = over_ranks({name: value for name, value in metrics.items() if name in first.metrics})
-        self.reports[-1].finish(trainer, first, final)
+        final = over_ranks({name: value for name, value in metrics.items() if name in known})
+        write_summary(trainer, reports, final)
+        if self.reports:
+            self.reports[-1].finish(trainer, self.reports, final)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -440,7 +442,8 @@ class PruningCallback(Callback, ABC):
                 _refuse_disagreement(plan)
                 followers = [plan.prepare(optimizer) for optimizer in optimizers_of(trainer)]
                 restart = None if self._first_schedule is None else prepare_restart(trainer, self._first_schedule)
-                parameters, metrics = count_parameters(pl_module), self._validate(trainer, pl_module)
+                parameters, memory = count_parameters(pl_module), count_bytes(pl_module)
+                metrics = self._validate(trainer, pl_module)
                 averages = averages_of(trainer)
                 if self.fallback is not None:
                     self.fallback.check(metrics)
@@ -469,18 +472,21 @@ class PruningCallback(Callback, ABC):
                 if self.reestimate_norms:
                     reestimate_norms(pl_module, loader, lambda one: silent_step(pl_module, one))
                 speed = stopwatch.look_back(plan)
-                before = Measurement(parameters, analysis.mult_adds(), speed.before, metrics)
+                before = Measurement(parameters, analysis.mult_adds(), memory, speed.before, metrics)
                 after = Measurement(
-                    count_parameters(pl_module), analysis.mult_adds(recipe), speed.after, self._validate(trainer, pl_module)
-                )
+                    count_parameters(pl_module), analysis.mult_adds(recipe), count_bytes(pl_module), speed.after,
+                    self._validate(trainer, pl_module),
+                )  # fmt: skip
                 share(None)  # from here on, no rank can fail
         composed = plan_of(pl_module)
         report = CutReport(
             epoch=trainer.current_epoch,
+            step=trainer.global_step,
             recipe=recipe if composed is None else composed.recipe,
             before=before,
             after=after,
             ratios=analysis.ratios(recipe),
+            time_share=speed.ratio,
             batch_size=stopwatch.batch_size,
         )
         if self.fallback is not None and kept is not None:
@@ -489,8 +495,9 @@ class PruningCallback(Callback, ABC):
         self.schedule.note_cut(trainer.current_epoch)
         self.reports.append(report)
         with as_one(), rng.isolated():
-            index = sum(len(callback.reports) for callback in _pruning_callbacks(trainer)) - 1
-            report.publish(trainer, analysis, plan.recipe, index)
+            reports = _all_reports(trainer)
+            report.publish(trainer, analysis, plan.recipe, len(reports) - 1)
+            write_summary(trainer, reports)
         if speed.slower:
             _warn_slower(speed, stopwatch.batch_size, pl_module.device)
         if plan.keep:
@@ -525,6 +532,12 @@ class PruningCallback(Callback, ABC):
 
 def _pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+
+
+def _all_reports(trainer: Trainer) -> list[CutReport]:
+    """The cuts of all pruning callbacks, in their order."""
+    reports = [report for callback in _pruning_callbacks(trainer) for report in callback.reports]
+    return sorted(reports, key=lambda report: report.epoch)
 
 
 def _refuse_disagreement(plan: Plan) -> None:

@@ -19,6 +19,8 @@ Make networks smaller inside PyTorch Lightning.
                                  lit-compress shrink --config C.yaml --ckpt in.ckpt --recipe recipe.json --out out.ckpt
   export                         write a checkpoint's network for deployment, and compare it with the original:
                                  lit-compress export --config C.yaml --ckpt last.ckpt --format onnx --verify --out model.onnx
+  report                         write one HTML page about a run, from its logs and checkpoints:
+                                 lit-compress report --run lit_compress_runs/pfa_digits/version_0
   jpeg                           learn quantisation tables from images, and write JPEG files of a size:
                                  lit-compress jpeg photo.png --bits 1.0 --out photo.jpg
   score                          miss rates of pedestrian detectors, by Caltech's protocol:
@@ -27,7 +29,7 @@ Make networks smaller inside PyTorch Lightning.
 Each verb has its own --help. Any value of a config can be overridden: --trainer.max_epochs 5, --data.batch_size 32.
 """
 _LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-_OWN_VERBS = ("analyze", "shrink", "export", "jpeg", "score")  # each a module of `lit_compress.commands`
+_OWN_VERBS = ("analyze", "shrink", "export", "report", "jpeg", "score")  # each a module of `lit_compress.commands`
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -60,7 +60,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path, *, form: For
         program = _program(model, inputs)
         if form == "onnx":
             _save_onnx(program, path)
-            run = _onnx_runner(path)
+            run = onnx_runner(path)
         else:
             torch.export.save(program, path)
             loaded = torch.export.load(path).module()
@@ -91,7 +91,8 @@ def _save_onnx(program: ExportedProgram, path: Path) -> None:
     onnx.save(str(path))
 
 
-def _onnx_runner(path: Path) -> Runner:
+def onnx_runner(path: Path) -> Runner:
+    """What runs an ONNX file, by ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

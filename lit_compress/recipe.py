@@ -147,12 +147,16 @@ class Recipe:
         fields = {name: data.get(name, {}) for name in ("original", "padded")}
         return cls(keep=data["keep"], method=data.get("method", "by hand"), **fields)
 
-    def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON, one layer a line."""
+    def to_json(self) -> str:
+        """The recipe as JSON, one layer a line."""
         data = self.to_dict()
         lines = [f"    {json.dumps(layer)}: {json.dumps(channels)}" for layer, channels in data.pop("keep").items()]
         head = json.dumps(data, indent=2).removesuffix("\n}")
-        Path(path).write_text(f'{head},\n  "keep": {{\n' + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
+        return f'{head},\n  "keep": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

@@ -33,6 +33,16 @@ def count_parameters(model: nn.Module, *, trainable: bool = True) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
 
 
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of a network's weights and buffers, shared ones counted once.
+
+    Example:
+        >>> count_bytes(nn.Linear(3, 2))
+        32
+    """
+    return sum(tensor.nbytes for tensor in {id(one): one for one in (*model.parameters(), *model.buffers())}.values())
+
+
 def count_mult_adds(model: nn.Module, example_inputs: Any, *, count_relu: bool = False, forward_fn: ForwardFn = call) -> int:
     """Multiply-adds of one forward in evaluation mode, over the whole batch given.
 

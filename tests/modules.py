@@ -203,7 +203,7 @@ def without_times(callback_state: dict) -> dict:
     """A pruning callback's state without the latencies, which no two runs share."""
     state = copy.deepcopy(callback_state)
     for report in state["reports"]:
-        del report["before"]["latency"], report["after"]["latency"]
+        del report["before"]["latency"], report["after"]["latency"], report["time_share"]
     return state
 
 

@@ -1,6 +1,9 @@
 """The command line, run as a shell would, on every config."""
 
+import html
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +112,35 @@ def test_export_writes_checks_and_times(run, tmp_path, capsys):
         assert row in shown
     session = onnxruntime.InferenceSession(str(out))
     assert session.run(None, {session.get_inputs()[0].name: torch.rand(4, 1, 8, 8).numpy()})[0].shape == (4, 10)
+
+
+def test_the_verb_tells_what_int8_adds_to_the_cut(run, tmp_path, capsys):
+    given = ["export", "--config", str(DIGITS), "--ckpt", checkpoint_of(run), "--data.train_size", "256"]
+    capsys.readouterr()
+    main([*given, "--out", "model.onnx", "--int8"])
+    shown = capsys.readouterr().out
+    whole, small = (
+        next(line for line in shown.splitlines()[::-1] if f" {name} " in line) for name in ("model.onnx", "model.int8.onnx")
+    )
+    tuned = json.loads((run / "compress" / "summary.json").read_text())["fine_tuned"]
+    assert all(f"{value:.4f}" in whole for value in tuned.values()), "the file is the checkpoint's network"
+    assert f"{(tmp_path / 'model.int8.onnx').stat().st_size / 1024:.1f}" in small
+    assert "int8 adds" in shown
+    with pytest.raises(SystemExit):
+        main([*given, "--out", "model.pt2", "--int8", "--format", "torch-export"])
+    assert "`--int8` quantises ONNX files, but `--format` is torch-export" in capsys.readouterr().err
+
+
+def test_a_report_tells_how_to_repeat_the_run(run, capsys):
+    main(["report", "--run", str(run)])
+    commands = re.findall(r"<pre><code>lit-compress (.*?)</code></pre>", (run / "report.html").read_text(encoding="utf-8"))
+    assert [command.split()[0] for command in commands] == ["fit", "export"]
+    for command in commands:
+        main(shlex.split(html.unescape(command)))
+    again = max((path for path in run.parent.iterdir()), key=lambda path: path.stat().st_mtime)
+    assert again != run
+    assert Recipe.load(again / "compress" / "recipe.json") == Recipe.load(run / "compress" / "recipe.json")
+    assert Path("model.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def check_values(logged, module, trainer, pruning):
 
 
 def check_folder(folder, pruning):
-    names = {f"cut_{index}_{name}" for index in (0, 1) for name in ("layers.txt", "spectra.png", "widths.png")}
+    written = ("layers.txt", "layers.csv", "spectra.png", "widths.png")
+    names = {f"cut_{index}_{name}" for index in (0, 1) for name in written}
     assert {path.name for path in folder.iterdir()} == names | {"recipe.json", "summary.json"}
     assert Recipe.load(folder / "recipe.json") == pruning.reports[-1].recipe
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

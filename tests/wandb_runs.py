@@ -1,14 +1,10 @@
 """Runs of Weights & Biases that never leave the machine, and what their files hold."""
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wandb.proto.wandb_internal_pb2 import Record
-
-_HEADER, _BLOCK = 7, 32768
+from lit_compress.reporting.wandb_file import logged, records
 
 
 class Artifact(NamedTuple):
@@ -35,10 +31,10 @@ class OfflineRun:
         self.rows: list[dict[str, Any]] = []
         self.artifacts: list[Artifact] = []
         kinds = []
-        for record in _records(log.read_bytes()):
+        for record in records(log.read_bytes()):
             kinds.append(record.WhichOneof("record_type"))
             if kinds[-1] == "history":
-                self.rows.append(_row(record.history.item))
+                self.rows.append(logged(record))
             elif kinds[-1] == "artifact" and record.artifact.type != "run_table":
                 self.artifacts.append(_artifact(record.artifact))
         assert "exit" in kinds, "the file is not complete"
@@ -62,35 +58,6 @@ class OfflineRun:
         """Columns and rows of a logged table."""
         content = json.loads((self.media / value["path"]).read_text(encoding="utf-8"))
         return content["columns"], content["data"]
-
-
-def _records(content: bytes) -> Iterator[Record]:
-    """The messages in a transaction log: blocks of 32 KiB, and a message in parts where it does not fit into one."""
-    assert content.startswith(b":W&B")
-    position, parts = _HEADER, b""
-    while position < len(content):
-        left = _BLOCK - position % _BLOCK
-        if left < _HEADER:  # padding
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)  # checksum; kinds: whole, first, middle, last
-        parts += content[position + _HEADER : position + _HEADER + length]
-        position += _HEADER + length
-        if kind in (1, 4):
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def _row(items: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for item in items:
-        key, *inner = item.nested_key or [item.key]
-        value = json.loads(item.value_json)
-        if inner:
-            row.setdefault(key, {})[inner[0]] = value
-        else:
-            row[key] = value
-    return row
 
 
 def _artifact(record: Any) -> Artifact:

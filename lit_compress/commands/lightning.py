@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pytorch_lightning import LightningDataModule, LightningModule
-from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
 
 from lit_compress.statistics.gather import first_samples
 
@@ -25,7 +27,7 @@ def lightning_cli(args: Sequence[str], *, run: bool = True) -> Any:
     with warnings.catch_warnings():
         # The verb was taken off the shell's arguments, so that others are given; Lightning takes that for a mistake.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-        return LightningCLI(
+        return (LightningCLI if run else _Builder)(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -35,6 +37,16 @@ def lightning_cli(args: Sequence[str], *, run: bool = True) -> Any:
             run=run,
             args=list(args),
         )
+
+
+class _Builder(LightningCLI):
+    """Builds trainer, module and datamodule, and takes the config that a run wrote down, with what that says of its verb."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        built = {"self", "model", "train_dataloaders", "val_dataloaders", "datamodule"}
+        for name in inspect.signature(Trainer.fit).parameters.keys() - built:
+            parser.add_argument(f"--{name}", type=Any, default=None, help="of `fit`; it is of no use here")
 
 
 def configured(config: str, overrides: Sequence[str]) -> Any:
