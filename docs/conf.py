@@ -19,6 +19,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "lit-compress"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 myst_heading_anchors = 4  # links go to headings, as on GitHub
 nb_execution_mode = "off"  # notebooks show the outputs that they hold; tests/test_notebooks.py runs them
@@ -31,7 +33,7 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Shape", "params_style"), "Source"]
+napoleon_custom_sections = ["Shape"]
 
 
 def copy_notebooks(app: Sphinx) -> None:

@@ -46,7 +46,8 @@ def test_notebooks_run_without_a_word_on_stderr(path, tmp_path, monkeypatch, req
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = read(path)
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=300, record_timing=False, resources=resources).execute()
+    client = NotebookClient(notebook, timeout=300, record_timing=False, coalesce_streams=True, resources=resources)
+    client.execute()
     assert not [output.text for output in outputs(notebook) if output.output_type == "stream" and output.name == "stderr"]
     if request.config.getoption("--update-notebooks"):
         notebook.metadata["language_info"] = {"name": "python"}  # not its version, nor this machine's
