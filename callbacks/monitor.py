@@ -167,12 +167,13 @@ class CompressionMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history.state_dict(), "alert": None if self.alert is None else self.alert.state_dict()}
+        alert = {} if self.alert is None else {"alert": self.alert.state_dict()}
+        return {**self.history.state_dict(), **alert}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history.load_state_dict(state_dict["history"])
-        if self.alert is not None and state_dict["alert"] is not None:
+        self.history.load_state_dict(state_dict)
+        if self.alert is not None and "alert" in state_dict:  # not in a file of a run without alerts
             self.alert.load_state_dict(state_dict["alert"])
 
     # ---------------------------------------------------------------- what is looked at, and what is logged
