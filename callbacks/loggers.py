@@ -94,6 +94,14 @@ class Outlets:
             with _or_warn(type(logger).__name__):
                 self._log_recipe(logger, recipe, file, metadata)
 
+    def alert(self, title: str, text: str) -> None:
+        """Warn, and let Weights & Biases send its message to whoever has asked for alerts there."""
+        rank_zero_warn(text)
+        for logger in self._trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                with _or_warn(type(logger).__name__):
+                    logger.experiment.alert(title=title, text=text)
+
     def _log_recipe(self, logger: Logger, recipe: Recipe, file: Path, metadata: Mapping[str, Any]) -> None:
         if isinstance(logger, WandbLogger):
             import wandb

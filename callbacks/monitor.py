@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lit_compress.callbacks.alert import DropAlert
 from lit_compress.callbacks.loggers import Outlets
 from lit_compress.callbacks.look import look
 from lit_compress.callbacks.progress import progress_of
@@ -48,9 +50,15 @@ class CompressionMonitor(Callback):
             uses. None for never, since it takes a pass.
         max_samples: For the spectra, use this many samples, drawn at random with a fixed seed. None for all.
         example_batch: What ``validation_step`` takes, if it does not take the batches of the training data.
+        alert_drop: Give an alert if cuts have lost more than so many points (hundredths of a fraction such as accuracy) of
+            ``monitor`` and training has not brought them back by the next cut, or by its end: a message of Weights & Biases where
+            it is a logger, and a warning in any case. None for no alerts.
+        monitor: What alerts go by: a fraction that the module logs on its validation data.
+        mode: Whether ``monitor`` is better smaller or larger.
 
     Raises:
-        MisconfigurationException: If a number is out of range. From the start of ``fit``: if the strategy shards the parameters,
+        MisconfigurationException: If a number is out of range, or alerts go by something that is not logged, or is no fraction.
+            From the start of ``fit``: if the strategy shards the parameters,
             a module under manual optimization has no ``validation_step``, or the step does not run.
 
     Example::
@@ -59,7 +67,14 @@ class CompressionMonitor(Callback):
     """
 
     def __init__(
-        self, *, spectra_every_n_epochs: int | None = None, max_samples: int | None = None, example_batch: Any = None
+        self,
+        *,
+        spectra_every_n_epochs: int | None = None,
+        max_samples: int | None = None,
+        example_batch: Any = None,
+        alert_drop: float | None = None,
+        monitor: str = "val/accuracy",
+        mode: Literal["min", "max"] = "max",
     ) -> None:
         if spectra_every_n_epochs is not None and spectra_every_n_epochs < 1:
             raise MisconfigurationException(
@@ -69,6 +84,7 @@ class CompressionMonitor(Callback):
             raise MisconfigurationException(f"Argument `max_samples` must be at least 2 or None but got {max_samples}.")
         self.spectra_every_n_epochs, self.max_samples = spectra_every_n_epochs, max_samples
         self.example_batch = example_batch
+        self.alert = None if alert_drop is None else DropAlert(alert_drop, monitor, mode)
         self.history = SizeHistory()
         self._gauge: Gauge | None = None
         self._outlets: Outlets | None = None  # where there is anybody to tell
@@ -83,6 +99,8 @@ class CompressionMonitor(Callback):
         self._gauge = self._outlets = None
         if trainer.global_step == 0:  # what is resumed brings its own history later
             self.history = SizeHistory()
+            if self.alert is not None:
+                self.alert.reset()
         if shards(trainer):
             raise MisconfigurationException(
                 f"{type(trainer.strategy).__name__} shards the parameters, so that their shapes do not say how wide a layer is. "
@@ -122,10 +140,18 @@ class CompressionMonitor(Callback):
         )
         if is_new or is_first_look:
             self._log_values()
+        if is_new and self.history.cuts and self.alert is not None:
+            self._give_alert(self.alert)
+            self.alert.begin()
         if is_new and plan is not None:
             self._log_history(trainer)
             if self._outlets is not None:
                 self._outlets.recipe(plan.recipe, self._values())
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.alert is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.alert.watch(trainer.callback_metrics)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,14 +162,19 @@ class CompressionMonitor(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_history(trainer)
+        if self.alert is not None:
+            self._give_alert(self.alert)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.history.state_dict()
+        alert = {} if self.alert is None else {"alert": self.alert.state_dict()}
+        return {**self.history.state_dict(), **alert}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict)
+        if self.alert is not None and "alert" in state_dict:  # not in a file of a run without alerts
+            self.alert.load_state_dict(state_dict["alert"])
 
     # ---------------------------------------------------------------- what is looked at, and what is logged
 
@@ -181,6 +212,11 @@ class CompressionMonitor(Callback):
             self._outlets.figure("compress/history", plot_history(self.history, trainer.current_epoch), "history")
             self._outlets.table("compress/sizes", *self.history.sizes_table(), "sizes")
             self._outlets.table("compress/width_history", *self.history.widths_table(), "width_history")
+
+    def _give_alert(self, alert: DropAlert) -> None:
+        text = alert.text()
+        if text is not None and self._outlets is not None:
+            self._outlets.alert("A cut has lost too much", text)
 
     def _log_spectra(self, trainer: Trainer, pl_module: LightningModule) -> None:
         analysis = look(trainer, pl_module, max_samples=self.max_samples, progress=progress_of(trainer))

@@ -11,6 +11,17 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 Verdict = Literal["wait", "held", "back"]
 
 
+def points_lost(before: float, now: float, mode: Literal["min", "max"]) -> float:
+    """Points, hundredths of a fraction, by which a metric is worse than before; negative where it is better.
+
+    Args:
+        before: A fraction, such as an accuracy.
+        now: Likewise.
+        mode: Whether the metric is better smaller or larger.
+    """
+    return 100 * (now - before if mode == "min" else before - now)
+
+
 class Recovery:
     """Watches a network after a cut, and looks for the strongest cut that it recovers from, by bisection.
 
@@ -60,8 +71,7 @@ class Recovery:
 
     def drop(self, value: float) -> float:
         """Points by which a value is worse than before the first cut."""
-        points = 100 * (value - (self.reference or 0.0))
-        return points if self.mode == "min" else -points
+        return points_lost(self.reference or 0.0, value, self.mode)
 
     def holds(self, value: float) -> bool:
         """Whether a value is within the bound. NaN is not."""

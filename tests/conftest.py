@@ -41,6 +41,7 @@ def importable_modules() -> list[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-surface", action="store_true", help="write tests/public_surface.txt anew instead of comparing")
+    parser.addoption("--update-notebooks", action="store_true", help="store the outputs of this run in the notebooks")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,11 +12,14 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from lit_compress import Recipe
 from lit_compress.cli import main
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 DIGITS = next(path for path in CONFIGS if path.stem == "pfa_digits")
 SMALL = [
     "--trainer.max_epochs", "2", "--data.train_size", "256", "--trainer.enable_progress_bar", "false",
@@ -192,3 +195,43 @@ def test_every_config_is_complete(config):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", str(config), "--print_config"])
     assert stopped.value.code in (0, None)
+
+
+def command_of(sweep, choose):
+    """The command of one run of a sweep, filled in by W&B's own code, with `choose` of each parameter's values."""
+    content = load_sweep_config(str(sweep))
+    arguments = {name: {"value": choose(parameter["values"])} for name, parameter in content["parameters"].items()}
+    filled = {"${program}": [content["program"]], "${args}": create_sweep_command_args({"args": arguments})["args"]}
+    return content, [part for piece in create_sweep_command(content["command"]) for part in filled.get(piece, [piece])]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
+def test_every_run_of_a_sweep_is_a_command_that_is_understood(sweep, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for choose in (min, max):
+        content, (program, *arguments) = command_of(sweep, choose)
+        assert program == "lit-compress"
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--print_config"])
+        assert stopped.value.code in (0, None)
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["seed_everything"] == choose(content["parameters"]["seed_everything"]["values"])
+        pruning, monitor = printed["trainer"]["callbacks"]
+        assert pruning["init_args"]["energy"] == choose(content["parameters"]["trainer.callbacks.init_args.energy"]["values"])
+        assert monitor["init_args"]["alert_drop"] == 2
+        assert printed["trainer"]["logger"]["class_path"] == "pytorch_lightning.loggers.WandbLogger"
+
+
+def test_a_run_of_the_sweep_logs_what_the_sweep_is_sorted_by(tmp_path, monkeypatch, offline_wandb):
+    monkeypatch.chdir(tmp_path)
+    (sweep,) = SWEEPS
+    content, (_, *arguments) = command_of(sweep, min)
+    arguments = [str(ROOT / part) if part.startswith("configs/") else part for part in arguments]
+    small = ["--trainer.max_epochs=2", "--data.train_size=256", "--trainer.enable_progress_bar=false"]
+    small.append("--trainer.logger.init_args.offline=true")
+    at = arguments.index("--trainer.callbacks.init_args.keep_params=null")
+    arguments.insert(at, "--trainer.callbacks.init_args.at_epoch=1")
+    main([*arguments, *small])
+    summary = offline_wandb("lit_compress_runs").summary
+    assert content["metric"]["name"] in summary
+    assert summary["compress/share_of_parameters"] < 1

@@ -1,10 +1,14 @@
-"""What is written for users runs: examples in docstrings, Python in README and docs, the headers of configs."""
+"""What is written for users holds: examples in docstrings, Python in README and docs, links, the headers of configs, the site."""
 
 import doctest
+import json
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +17,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+METHODS = ["pfa", "methods", "compressed_layers", "distillation", "budget", "jpeg", "pedestrians"]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
 
 
 class Block(NamedTuple):
@@ -90,6 +96,98 @@ def test_pages_mark_python_as_python(page):
     """A block under another name of Python would not be run by the test above."""
     languages = {block.language for block in fenced_blocks(page.read_text(encoding="utf-8"))}
     assert not [name for name in languages - {"python"} if name.lower().startswith(("py", "{.py"))]
+
+
+def prose(page: Path) -> str:
+    """The Markdown of a page or a notebook, without what stands in blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    for block in fenced_blocks(text):
+        text = text.replace(block.code, "\n")
+    return text
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub, and the site likewise, calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+?)\s*$", prose(page), flags=re.MULTILINE)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return {f"{slug}-{slugs[:place].count(slug)}" if slug in slugs[:place] else slug for place, slug in enumerate(slugs)}
+
+
+def links(page: Path) -> list[str]:
+    """Targets of links and images inside of the repository."""
+    targets = re.findall(r"\]\(([^()\s]+)\)", re.sub(r"`[^`\n]*`", "``", prose(page)))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_of_pages_are_there(page):
+    lost = []
+    for link in links(page):
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(link)
+    assert not lost, f"{page.name} points at {lost}"
+
+
+def test_links_and_headings_are_found():
+    """A reader that finds none would let every page pass."""
+    assert {"pfa.md", "images/pfa_spectra.png", "#target-latency"} - set(links(ROOT / "docs" / "pfa.md")) == {"pfa.md"}
+    assert "the-papers-experiments" in anchors(ROOT / "docs" / "pfa.md")
+    assert "pib-the-parametric-information-bottleneck" in anchors(ROOT / "docs" / "methods.md")
+
+
+def test_every_picture_is_shown_somewhere():
+    shown = {(page.parent / link).resolve() for page in LINKING for link in links(page)}
+    pictures = [path for path in (ROOT / "docs" / "images").iterdir() if path.suffix != ".json"]
+    assert not [path.name for path in pictures if path.resolve() not in shown]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pages_of_methods_have_one_form(method):
+    """The idea with a picture, when to use it and when not, an example, what it was measured to do, where it is from."""
+    page = ROOT / "docs" / f"{method}.md"
+    text = page.read_text(encoding="utf-8")
+    assert "](images/" in text
+    assert re.search(r"\*\*[Uu]se \w+( \w+)?\*\*", text)
+    assert "**Do not use" in text
+    assert any(block.language == "python" for block in fenced_blocks(text))
+    _, found, measured = text.partition("# Measured\n")
+    assert found
+    assert re.search(r"\((results|benchmarks)\.md#", measured)
+    assert re.search(r"^Sources?: ", measured, flags=re.MULTILINE)
+
+
+def test_the_site_has_every_page_and_every_public_room():
+    contents = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^[\w/-]+$", contents, flags=re.MULTILINE))
+    assert listed == {page.stem for page in PAGES[1:] if page.stem != "index"} | {f"notebooks/{path.stem}" for path in NOTEBOOKS}
+    rooms = {line.partition(":")[0] for line in (ROOT / "tests" / "public_surface.txt").read_text(encoding="utf-8").split()}
+    reference = set(
+        re.findall(r"^ +(lit_compress[\w.]*)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
+    assert rooms - {"lit_compress.selection"} <= reference
+
+
+@pytest.mark.long
+def test_the_site_is_built_without_a_warning(tmp_path):
+    for name in ("sphinx", "myst_nb", "furo"):
+        if find_spec(name) is None:
+            pytest.skip(f'{name} is not installed: pip install -e ".[docs]"')
+    options = ("-W", "--keep-going", "-q", "-d", tmp_path / "cache")
+    command = [sys.executable, "-m", "sphinx", *options, ROOT / "docs", tmp_path / "site"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PFAPruning" in (tmp_path / "site" / "api" / "lit_compress.callbacks.html").read_text(encoding="utf-8")
+    front = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "What a cut does" in front
+    assert "Try it" in front
 
 
 def test_readme_shows_python():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,19 @@ from lit_compress.history import Gauge, Moment, SizeHistory, Sizes
 from lit_compress.models import ResNetCIFAR
 from lit_compress.pictures import plot_history, plot_spectra
 from lit_compress.plan import plan_of
-from tests.modules import At, Small, Theirs, everything, fit_theirs, new_trainer, same, small_loaders, train_loader, val_loader
+from tests.modules import (
+    At,
+    Small,
+    Theirs,
+    every_epoch,
+    everything,
+    fit_theirs,
+    new_trainer,
+    same,
+    small_loaders,
+    train_loader,
+    val_loader,
+)  # fmt: skip
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "monitor_digits.yaml"
 LAYERS = ("body.0", "body.3", "head")
@@ -380,6 +393,83 @@ def test_it_runs_one_forward_and_looks_once_an_epoch(tmp_path, monkeypatch):
     new_trainer(tmp_path, CompressionMonitor(), max_epochs=4).fit(Watched(), *small_loaders())
     assert calls["forwards"] == without + without + 1
     assert calls["looks"] == 4
+
+
+# ---------------------------------------------------------------- alerts
+
+
+class Forgetful(Small):
+    """Logs the accuracies that it is given, one an epoch."""
+
+    def __init__(self, accuracies):
+        super().__init__()
+        self.accuracies = accuracies
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch[0])
+
+    def on_validation_epoch_end(self):
+        self.log("val/accuracy", self.accuracies[self.trainer.current_epoch])
+
+
+def cut_before(epoch, energy=0.9):
+    return PFAPruning(energy=energy, at_epoch=epoch, evaluate=False)
+
+
+def alerts_of(tmp_path, accuracies, *cuts, **options):
+    """Warnings of a run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = new_trainer(tmp_path, *cuts, CompressionMonitor(alert_drop=2, **options.pop("watch", {})), **options)
+        trainer.fit(Forgetful(accuracies), *small_loaders())
+    return [str(one.message) for one in caught if "alert" in str(one.message)]
+
+
+def test_a_cut_that_is_not_recovered_from_gives_an_alert_and_one_that_is_gives_none(tmp_path, offline_wandb):
+    assert alerts_of(tmp_path / "none", [0.9, 0.2, 0.88], cut_before(1)) == [], "the bound itself is within"
+    assert alerts_of(tmp_path / "uncut", [0.9, 0.2, 0.2]) == [], "not a cut's doing"
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="tests")
+    (told,) = alerts_of(tmp_path, [0.9, 0.2, 0.85], cut_before(1), logger=logger)
+    assert told == (
+        "val/accuracy was 0.9000 before the first cut and is 0.8500 now: worse by 5.00 points, of which `alert_drop` allows 2."
+    )
+    assert offline_wandb().alerts == [told]
+
+
+def test_an_alert_comes_before_the_next_cut_and_is_relative_to_the_first(tmp_path):
+    first, second = alerts_of(tmp_path, [0.9, 0.8, 0.87], cut_before(1), cut_before(2, energy=0.6))
+    assert "is 0.8000 now: worse by 10.00 points" in first
+    assert "is 0.8700 now: worse by 3.00 points" in second
+
+
+def test_alerts_go_by_errors_that_rise_as_well(tmp_path):
+    (told,) = alerts_of(tmp_path, [0.1, 0.2], cut_before(1), watch={"mode": "min"}, max_epochs=2)
+    assert "worse by 10.00 points" in told
+
+
+def test_alerts_refuse_what_they_cannot_go_by(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"at least 0, but got -1"):
+        CompressionMonitor(alert_drop=-1)
+    with pytest.raises(MisconfigurationException, match="'min' or 'max' but got 'up'"):
+        CompressionMonitor(alert_drop=1, mode="up")
+    unlogged = r"does not log on its validation data; there are \['val/loss'\]"
+    for module, said in ((Small(), unlogged), (Forgetful([90.0]), "is 90. Give a `monitor`")):
+        with pytest.raises(MisconfigurationException, match=said):
+            new_trainer(tmp_path, CompressionMonitor(alert_drop=1), max_epochs=1).fit(module, *small_loaders())
+
+
+def test_a_cut_before_any_validation_says_that_there_is_nothing_to_go_by(tmp_path):
+    told = alerts_of(tmp_path, [0.9, 0.2], cut_before(0), max_epochs=2, num_sanity_val_steps=2)
+    assert told == ["No alert can be given: val/accuracy was not validated before the first cut."]
+
+
+def test_a_resumed_run_gives_the_alert_of_one_that_never_stopped(tmp_path):
+    callbacks = (cut_before(1), CompressionMonitor(alert_drop=2), every_epoch(tmp_path))
+    trainer = new_trainer(tmp_path, *callbacks, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(Forgetful([0.9, 0.2]), *small_loaders())
+    again = new_trainer(tmp_path, cut_before(1), CompressionMonitor(alert_drop=2))
+    with pytest.warns(UserWarning, match=r"was 0\.9000 before the first cut and is 0\.3000 now"):
+        again.fit(Forgetful([0.9, 0.2, 0.3]), *small_loaders(), ckpt_path=tmp_path / "epoch=1.ckpt")
 
 
 # ---------------------------------------------------------------- going on

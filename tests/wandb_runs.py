@@ -21,6 +21,7 @@ class OfflineRun:
         rows: What each call logged: key to value; a picture's or a table's is a dict that names its file.
         summary: The last value of each key.
         artifacts: In the order in which they were logged; those that W&B makes for tables are left out.
+        alerts: Texts of the messages that W&B is to send.
         media: The folder of pictures and tables.
     """
 
@@ -30,6 +31,7 @@ class OfflineRun:
         self.media = run / "files"
         self.rows: list[dict[str, Any]] = []
         self.artifacts: list[Artifact] = []
+        self.alerts: list[str] = []
         kinds = []
         for record in records(log.read_bytes()):
             kinds.append(record.WhichOneof("record_type"))
@@ -37,6 +39,8 @@ class OfflineRun:
                 self.rows.append(logged(record))
             elif kinds[-1] == "artifact" and record.artifact.type != "run_table":
                 self.artifacts.append(_artifact(record.artifact))
+            elif kinds[-1] == "alert":
+                self.alerts.append(record.alert.text)
         assert "exit" in kinds, "the file is not complete"
         self.summary = {key: value for row in self.rows for key, value in row.items()}
 

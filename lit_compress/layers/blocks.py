@@ -191,13 +191,15 @@ def conv_block(
 ) -> nn.Sequential:
     """What stands on the residual branch of a block: two 3 × 3 convolutions, or what is cheaper. The skip is the network's.
 
-    | block | convolutions | their parameters, N channels in and out |
-    |---|---|---|
-    | ``S`` | 3×3, 3×3 | ``18 N²`` |
-    | ``S-2x2`` | 2×2, 2×2, dilated | ``8 N²`` |
-    | ``G(g)`` | grouped 3×3, 1×1, grouped 3×3, 1×1 | ``2 N² (9/g + 1)`` |
-    | ``B(b)`` | 1×1 to N/b, 3×3, 1×1 to N | ``N² (9/b² + 2/b)`` |
-    | ``BG(b,g)`` | 1×1 to N/b, grouped 3×3, 1×1 to N | ``N² (9/(g b²) + 2/b)`` |
+    ===========  ===================================  =======================================
+    block        convolutions                         their parameters, N channels in and out
+    ===========  ===================================  =======================================
+    ``S``        3×3, 3×3                             ``18 N²``
+    ``S-2x2``    2×2, 2×2, dilated                    ``8 N²``
+    ``G(g)``     grouped 3×3, 1×1, grouped 3×3, 1×1   ``2 N² (9/g + 1)``
+    ``B(b)``     1×1 to N/b, 3×3, 1×1 to N            ``N² (9/b² + 2/b)``
+    ``BG(b,g)``  1×1 to N/b, grouped 3×3, 1×1 to N    ``N² (9/(g b²) + 2/b)``
+    ===========  ===================================  =======================================
 
     ``g`` is a number of groups; or ``N``, ``N/x`` for groups of one or x of the channels that come into the grouped convolution;
     or ``M``, ``M/x``, the same for the channels after the bottleneck. Convolutions have no biases.

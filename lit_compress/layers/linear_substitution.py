@@ -59,13 +59,15 @@ def substitute_linear(
     and a compressed pointwise one (with ``"shuffle"``, a :class:`~lit_compress.layers.ShuffleConv2d`). One setting is shared by
     all:
 
-    | kind | setting | grows with it |
-    |---|---|---|
-    | ``"rank_factorized"`` | rank over the larger width | size |
-    | ``"hashed"`` | shared numbers over elements of the matrix | size |
-    | ``"tensor_train"``, ``"tucker"`` | ranks over dimensions | size |
-    | ``"acdc"`` | number of factors | size |
-    | ``"shuffle"`` | number of groups, lowered until it divides | compression |
+    ================================  ==========================================  =============
+    kind                              setting                                     grows with it
+    ================================  ==========================================  =============
+    ``"rank_factorized"``             rank over the larger width                  size
+    ``"hashed"``                      shared numbers over elements of the matrix  size
+    ``"tensor_train"``, ``"tucker"``  ranks over dimensions                       size
+    ``"acdc"``                        number of factors                           size
+    ``"shuffle"``                     number of groups, lowered until it divides  compression
+    ================================  ==========================================  =============
 
     Args:
         network: Any network.
