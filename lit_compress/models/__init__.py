@@ -1,6 +1,7 @@
 """The documents' networks. A forward holds no channel count, so that channels can be cut out of any of them."""
 
 from lit_compress.models.darts import DARTS, DARTSOutput, DropPath
+from lit_compress.models.encoders import AlexNetEncoder, VGGEncoder
 from lit_compress.models.erfnet import ERFNet
 from lit_compress.models.hint import with_hint
 from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
@@ -15,6 +16,7 @@ __all__ = [
     "DARTS",
     "MLP",
     "VGGCIFAR",
+    "AlexNetEncoder",
     "DARTSOutput",
     "DropPath",
     "ERFNet",
@@ -26,6 +28,7 @@ __all__ = [
     "ResNetCIFAR",
     "ResidualBlock",
     "SimpleCNN",
+    "VGGEncoder",
     "VGGImageNet",
     "WideResNet",
     "ZeroPadShortcut",
