@@ -50,7 +50,8 @@ class PedestrianPatchDataModule(LightningDataModule):
 
     Args:
         source: Where the images come from; ``None`` takes ``SyntheticPedestrianDataModule()``.
-        proposals: Folder of a detector's boxes, in the text form of Caltech's results, for all splits; ``None`` draws boxes.
+        proposals: A detector's boxes for all splits, as :func:`~lit_compress.pedestrians.read_results` reads them; ``None`` draws
+            boxes.
         min_height: Pedestrians less tall, in pixels, are ignore regions.
         min_visible: And so are those of whom a smaller share is visible.
         side: Height and width that patches are warped to.

@@ -11,7 +11,7 @@ from lit_compress.models.convolution import ConvolutionalNetwork, init_convoluti
 _VGG = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # filters and convolutions of a macro-layer
 
 
-class Encoder(ConvolutionalNetwork, nn.Sequential):
+class Encoder(ConvolutionalNetwork):
     """Macro-layers ``macro1``, ``macro2``, …, each a few convolutions called ``conv…``, with pools ``pool1``, … between them.
 
     Attributes:
@@ -19,6 +19,13 @@ class Encoder(ConvolutionalNetwork, nn.Sequential):
     """
 
     fixed: tuple[str, ...] = ()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The last feature map."""
+        maps = images
+        for layer in self.children():
+            maps = layer(maps)
+        return maps
 
     def load_classifier(self, weights: Mapping[str, Tensor]) -> None:
         """Take the convolutions of a classification network, in order; batch norms stay as they are.

@@ -34,7 +34,8 @@ class LitPedestrianDetector(PrunableMixin, LightningModule):
     """Train a detector of pedestrians, and score it by the Caltech protocol at each validation.
 
     Batch: ``(images, targets)``, as :class:`~lit_compress.datamodules.PedestrianDataModule` gives it: lists of images
-    ``(3, H, W)`` in [0, 1] of any size and of targets; for :class:`~lit_compress.detection.FastRCNN` with ``proposals`` ``(n, 4)`` in them.
+    ``(3, H, W)`` in [0, 1] of any size and of targets; for :class:`~lit_compress.detection.FastRCNN` with ``proposals``
+    ``(n, 4)`` in them.
 
     Logs, as means over an epoch and over ranks: ``train/loss`` and its parts ``train/classification`` (nats) and
     ``train/boxes``; after each validation and test ``val/miss_rate`` and ``test/miss_rate`` (the log-average miss rate, in

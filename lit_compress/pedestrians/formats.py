@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lit_compress.pedestrians.annotations import (
     Detections,
     Frame,
     numbers,
+    read_json,
     refuse_or_skip,
 )
 from lit_compress.pedestrians.results import read_results
@@ -73,7 +73,7 @@ def read_truths(
     if path.suffix == ".mat":
         truths = _marked(path, frames)
     else:
-        content = _json(path)
+        content = read_json(path)
         if isinstance(content, dict) and "annotations" in content and "images" in content:
             truths = _coco(content, path, from_one)
         elif isinstance(content, dict) and content and all(Frame.of(f"{name}_V000_0") for name in content):
@@ -113,7 +113,7 @@ def read_detections(
                 f"not with {len(truths.annotations)} images by name."
             )
         return {name: Detections(rows[:, :4] - (1, 1, 0, 0), rows[:, 4]) for name, rows in cells.items()}
-    content = _json(path)
+    content = read_json(path)
     if not isinstance(content, list):
         raise ValueError(f"{path} is no list of detections, as COCO's are.")
     rows: dict[str, list[Any]] = {name: [] for name in truths.ids.values()}
@@ -208,15 +208,6 @@ def _visible(one: Mapping[str, Any], box: Any) -> Any:
     if "vis_bbox" in one:
         return one["vis_bbox"]
     return box * (1, 1, one["vis_ratio"], 1) if "vis_ratio" in one else (0, 0, 0, 0)
-
-
-def _json(path: Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"There is no {path}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{path} is no JSON, or is damaged ({error}).") from None
 
 
 def _cells(path: Path, variable: str) -> dict[str, Any]:

@@ -1,0 +1,472 @@
+"""Detectors of pedestrians: their losses against plain loops, their lives in a Trainer, and what they see of drawn streets."""
+
+from math import exp, inf, log
+
+import pytest
+import torch
+import torchvision
+from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+from torchvision.models.vgg import make_layers
+from torchvision.ops import roi_align
+
+from lit_compress import load_pruned
+from lit_compress.callbacks import PFAPruning
+from lit_compress.datamodules import ProposedPedestrianDataModule, SyntheticPedestrianDataModule
+from lit_compress.detection import (
+    DetectionLimits,
+    FastRCNN,
+    RegionProposalNetwork,
+    assign_anchors,
+    detection_losses,
+    pedestrian_anchors,
+    sample_anchors,
+)
+from lit_compress.detection.backbones import load_backbone, measured
+from lit_compress.detection.objective import persons_to_learn
+from lit_compress.metrics import LogAverageMissRate
+from lit_compress.models import AlexNetEncoder, VGGEncoder
+from lit_compress.modules import LitPedestrianDetector
+from lit_compress.pedestrians import Detections, Subset, read_results, write_results
+from lit_compress.taps import Taps
+
+SMALL = Subset(heights=(16.0, inf), bounds=None)
+LIMITS = DetectionLimits(min_width=4, min_height=12, before=300)
+
+
+def streets(**options):
+    size = {"size": (64, 96), "heights": (16, 44), "train_size": 8, "val_size": 4, "test_size": 4, "batch_size": 2}
+    return SyntheticPedestrianDataModule(**{**size, **options})
+
+
+def rpn(**options):
+    small = {"scales": (0.8, 1.2, 1.7), "image_size": None, "min_height": 16.0, "hidden": 16, "limits": LIMITS}
+    return RegionProposalNetwork(VGGEncoder(width=0.125, macro_layers=4), **{**small, **options})
+
+
+def fast_rcnn(**options):
+    small = {"image_size": (128, 192), "min_height": 16.0, "hidden": 16, "pooled": 3, "dropout": 0.0, "limits": LIMITS}
+    return FastRCNN(AlexNetEncoder(width=0.125), **{**small, **options})
+
+
+def trainer(folder, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
+    return Trainer(default_root_dir=folder, **{"logger": CSVLogger(folder, "", ""), "max_epochs": 1, **quiet, **options})
+
+
+def under_features(layers):
+    """The state dict of a classification network with these layers."""
+    return {f"features.{name}": value for name, value in layers.state_dict().items()}
+
+
+@pytest.fixture
+def proposed(tmp_path):
+    """Streets with boxes around each person, and others."""
+    source, generator = streets(), torch.Generator().manual_seed(0)
+    boxes = {}
+    for split in ("train", "val", "test"):
+        for image in source.images(split):
+            anywhere = torch.rand(6, 2, generator=generator) * torch.tensor([80.0, 40.0])
+            rows = torch.cat([anywhere, torch.tensor([[10.0, 24.0]]).expand(6, 2)], dim=1).tolist()
+            boxes[image.name] = Detections.of([[*row, 0.5] for row in [*rows, *(image.annotations.boxes + 1).tolist()]])
+    write_results(tmp_path / "boxes.json", boxes)
+    return ProposedPedestrianDataModule(source, tmp_path / "boxes.json", batch_size=2)
+
+
+# ---------------------------------------------------------------- losses
+
+
+def smooth(x):
+    return x * x / 2 if abs(x) < 1 else abs(x) - 0.5
+
+
+def test_the_loss_is_the_written_out_sum():
+    generator = torch.Generator().manual_seed(0)
+    logits, relative, wanted = (2 * torch.randn(*shape, generator=generator) for shape in [(9,), (9, 4), (9, 4)])
+    labels, weights = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0, 0]), torch.rand(9, generator=generator)
+    classification, boxes = detection_losses(logits, relative, labels, wanted, weights)
+    entropies = [log(1 + exp(-z if y else z)) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)]
+    total = sum(weights.tolist())
+    assert classification.item() == pytest.approx(sum(w * e for w, e in zip(weights.tolist(), entropies, strict=True)) / total)
+    distances = [sum(map(smooth, (relative[i] - wanted[i]).tolist())) for i in (0, 3, 5)]
+    assert boxes.item() == pytest.approx(sum(weights[i].item() * d for i, d in zip((0, 3, 5), distances, strict=True)) / total)
+
+
+def by_hand(image, target, logits, relative, starts, scale, mean, std, weights, size):
+    """The loss of one image by loops over boxes; `scale` as a number."""
+    boxes, ignore = target["boxes"].clone(), target["ignore"] | (target["labels"] != 1)
+    for index, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        seen = target["visible"][index]
+        area = (right - left) * (bottom - top)
+        hidden = seen.any() and (seen[2] - seen[0]) * (seen[3] - seen[1]) < area
+        if bottom - top < 16 or hidden:
+            ignore[index] = True
+        if not ignore[index]:
+            middle, half = (left + right) / 2, 0.41 * (bottom - top) / 2
+            boxes[index] = torch.tensor([middle - half, top, middle + half, bottom])
+    labels, persons = assign_anchors(starts, boxes * scale, ignore, size)
+    classification = distance = total = 0.0
+    for index, weight in enumerate(weights.tolist()):
+        if weight:
+            assert labels[index] >= 0
+            z = logits[index].item()
+            classification += weight * log(1 + exp(-z if labels[index] else z))
+            total += weight
+            if labels[index]:
+                a, b = starts[index].tolist(), (boxes[persons[index]] * scale).tolist()
+                w, h = a[2] - a[0], a[3] - a[1]
+                numbers = [
+                    ((b[0] + b[2]) / 2 - (a[0] + a[2]) / 2) / w,
+                    ((b[1] + b[3]) / 2 - (a[1] + a[3]) / 2) / h,
+                    log((b[2] - b[0]) / w),
+                    log((b[3] - b[1]) / h),
+                ]
+                standard = [(one - m) / s for one, m, s in zip(numbers, mean, std, strict=True)]
+                distance += weight * sum(smooth(o - t) for o, t in zip(relative[index].tolist(), standard, strict=True))
+    return classification / total, distance / total
+
+
+def test_the_rpn_s_loss_is_that_of_plain_loops():
+    net = rpn().eval()
+    mean, std = [0.1, -0.05, 0.02, 0.2], [0.2, 0.1, 0.3, 0.25]
+    net.target_mean.copy_(torch.tensor(mean))
+    net.target_std.copy_(torch.tensor(std))
+    images, targets = next(iter(streets(batch_size=4).val_dataloader()))
+    torch.manual_seed(3)
+    found = net.losses(images, targets)
+    with torch.no_grad():
+        maps = net.backbone((torch.stack(images) - net.colour_mean) / net.colour_std)
+        hidden = net.conv(maps).relu()
+        scores, offsets = net.score(hidden), net.box(hidden)
+    starts = pedestrian_anchors(maps.shape[2:], stride=8, scales=(0.8, 1.2, 1.7))
+    torch.manual_seed(3)
+    parts = []
+    for image, target, score, offset in zip(images, targets, scores, offsets, strict=True):
+        # Anchors go row by row, and in a cell from the smallest on.
+        logits = torch.stack([score[k, y, x] for y in range(8) for x in range(12) for k in range(3)])
+        relative = torch.stack([offset[4 * k : 4 * k + 4, y, x] for y in range(8) for x in range(12) for k in range(3)])
+        boxes, ignore = persons_to_learn(target, 16.0, 1.0)
+        weights = sample_anchors(assign_anchors(starts, boxes, ignore, (64, 96)).labels)  # the same draw
+        parts.append(by_hand(image, target, logits, relative, starts, 1.0, mean, std, weights, (64, 96)))
+    assert found["classification"].item() == pytest.approx(sum(c for c, _ in parts) / 4, rel=1e-5)
+    assert found["boxes"].item() == pytest.approx(5 * sum(d for _, d in parts) / 4, rel=1e-5)
+    assert found["boxes"] > 0
+
+
+def test_fast_rcnn_s_loss_is_that_of_plain_loops(proposed):
+    net = fast_rcnn(pool="align").eval()
+    images, targets = next(iter(proposed.val_dataloader()))
+    torch.manual_seed(3)
+    found = net.losses(images, targets)
+    torch.manual_seed(3)
+    parts = []
+    for image, target in zip(images, targets, strict=True):
+        persons, ignore = persons_to_learn(target, 16.0, 1.0)
+        starts = 2 * torch.cat([target["proposals"], persons[~ignore]])  # (64, 96) becomes (128, 192)
+        starts = torch.stack([starts[:, 0].clamp(0, 192), starts[:, 1].clamp(0, 128), starts[:, 2].clamp(0, 192),
+                              starts[:, 3].clamp(0, 128)], dim=1)  # fmt: skip
+        labels = assign_anchors(starts, 2 * persons, ignore, (128, 192)).labels
+        weights = sample_anchors(labels, positives=16, negatives=48, balanced=False)
+        assert set(weights.tolist()) <= {0.0, 1.0}
+        with torch.no_grad():
+            resized = nn.functional.interpolate((image - net.colour_mean)[None] / net.colour_std, (128, 192), mode="bilinear")
+            maps = net.backbone(resized)
+            regions = roi_align(maps, [starts], (3, 3), 1 / 16, sampling_ratio=2, aligned=True).flatten(1)
+            hidden = net.fc7(net.fc6(regions).relu()).relu()
+            logits, relative = net.score(hidden)[:, 0], net.box(hidden)
+        parts.append(by_hand(image, target, logits, relative, starts, 2.0, [0] * 4, [1] * 4, weights, (128, 192)))
+    assert found["classification"].item() == pytest.approx(sum(c for c, _ in parts) / 2, rel=1e-5)
+    assert found["boxes"].item() == pytest.approx(sum(d for _, d in parts) / 2, rel=1e-5)
+    assert found["boxes"] > 0
+
+
+def test_images_without_anybody_have_a_loss():
+    images, _ = next(iter(streets().val_dataloader()))
+    empty = {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)}
+    parts = rpn().losses(images, [empty, empty])
+    assert parts["boxes"] == 0
+    assert parts["classification"] > 0
+    sum(parts.values()).backward()
+
+
+def test_who_is_small_or_hidden_is_an_ignore_region_of_the_size_it_has():
+    target = {
+        "boxes": torch.tensor([[0.0, 0, 61, 100], [0, 0, 61, 40], [0, 0, 61, 100], [0, 0, 61, 100], [0, 0, 61, 100]]),
+        "visible": torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 61, 80], [0, 0, 0, 0], [0, 0, 61, 100]]),
+        "labels": torch.tensor([1, 1, 1, 2, 1]),
+    }
+    boxes, ignore = persons_to_learn(target, 50.0, 1.0)
+    assert ignore.tolist() == [False, True, True, True, False]
+    assert boxes[0].tolist() == [10.0, 0.0, 51.0, 100.0]
+    assert torch.equal(boxes[ignore], target["boxes"][ignore])
+    assert persons_to_learn(target, 50.0, 0.8)[1].tolist() == [False, True, False, True, False]
+
+
+# ---------------------------------------------------------------- images in, detections out
+
+
+def test_an_image_is_seen_alike_alone_and_beside_a_larger_one():
+    """Padding: as many cells of stride 8 belong to the small image, which are those that it has alone."""
+    net = rpn(hidden=8).eval()
+    net.backbone = nn.Conv2d(3, net.channels, 8, stride=8)  # without a border, so that the padding is not seen
+    net.conv = nn.Conv2d(net.channels, 8, 1)
+    nn.init.normal_(net.score.weight)
+    small, large = torch.rand(3, 64, 96), torch.rand(3, 80, 120)
+    (alone,), beside = net([small]), net([small, large])
+    for name, value in alone.items():
+        torch.testing.assert_close(beside[0][name], value)
+    assert len(beside) == 2
+    targets = [{"boxes": torch.tensor([[20.0, 10.0, 34.0, 44.0]])}, {"boxes": torch.tensor([[90.0, 30.0, 106.0, 70.0]])}]
+    starts, wanted = net._wanted(net._enter([small, large]), (10, 15), targets)
+    middle = (starts[0][:, :2] + starts[0][:, 2:]) / 2
+    assert (wanted[0].labels[(middle[:, 0] > 96) | (middle[:, 1] > 64)] == -1).all()
+    assert (wanted[1].labels >= 0).all() or (wanted[1].labels == -1).sum() < 10
+
+
+def test_boxes_come_back_in_the_pixels_of_the_image():
+    """A network that says only "here, and as the anchor is" at one cell of an image enlarged by 1.5."""
+    net = rpn(image_size=(96, 200), scales=(1.0,)).eval()
+    for layer in (net.score, net.box):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    net.target_std.fill_(0.5)
+    net.read = lambda maps, starts, chosen: (torch.arange(len(starts[0])).float().eq(5 * 18 + 7) * 9.0 - 4, torch.zeros(216, 4))
+    (found,) = net([torch.rand(3, 64, 96)])
+    # Cell (5, 7) of stride 8: its middle is at 60 across and 44 down, and 1.5 pixels are one of the image.
+    expected = torch.tensor([60 - 5, 44 - 12, 60 + 5, 44 + 12]) / 1.5
+    torch.testing.assert_close(found["boxes"][0], expected)
+    assert found["scores"][0].item() == pytest.approx(1 / (1 + exp(-5)))
+    assert len(found["boxes"]) <= 40
+
+
+def test_pixels_are_single_precision_at_least():
+    net = rpn().eval().to(torch.bfloat16)
+    (found,) = net([torch.rand(3, 64, 96).bfloat16()])
+    assert found["boxes"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("build", "channels", "stride"),
+    [
+        (lambda: VGGEncoder(width=0.125), 64, 16),
+        (lambda: VGGEncoder(width=0.125, macro_layers=4), 64, 8),
+        (lambda: AlexNetEncoder(width=0.25), 64, 16),
+        (lambda: torchvision.models.mobilenet_v3_small(weights=None).features[:9], 48, 16),
+        (lambda: nn.Sequential(*list(torchvision.models.resnet18(weights=None).children())[:-3]), 256, 16),
+    ],
+)
+def test_any_backbone_is_measured(build, channels, stride):
+    backbone = build().train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert measured(backbone) == (channels, stride)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(module.training for module in backbone.modules())
+
+
+def test_the_encoders_are_the_published_networks():
+    """Their convolutions; the batch norms are T1's."""
+    for encoder, published in ((VGGEncoder, torchvision.models.vgg16), (AlexNetEncoder, torchvision.models.alexnet)):
+        with torch.device("meta"):
+            theirs = published(weights=None).features
+            ours = [module for module in encoder().modules() if isinstance(module, nn.Conv2d)]
+        for one, other in zip(ours, (module for module in theirs if isinstance(module, nn.Conv2d)), strict=True):
+            assert (one.weight.shape, one.stride, one.padding) == (other.weight.shape, other.stride, other.padding)
+    assert [name for name, _ in VGGEncoder(width=0.1).named_children()][-2:] == ["pool4", "macro5"]
+
+
+def test_a_frozen_vgg_is_the_classifier_it_came_from(tmp_path):
+    theirs = make_layers([8, 8, "M", 16, 16, "M", 32, 32, 32, "M", 64, 64, 64, "M", 64, 64, 64, "M"]).eval()  # VGG-16, thin
+    torch.save(under_features(theirs), tmp_path / "vgg16.pth")
+    net = RegionProposalNetwork(VGGEncoder(width=0.125), hidden=16)
+    detector = LitPedestrianDetector(net, weights=tmp_path / "vgg16.pth").train()
+    image = torch.rand(2, 3, 64, 64)
+    with Taps(net.backbone, ["pool2"]).reading() as found:
+        net.backbone(image)
+    # Batch norms that have seen nothing change nothing but for their ε of 1e-5, and frozen ones never see anything.
+    torch.testing.assert_close(found["pool2"], theirs[:10](image), rtol=1e-4, atol=1e-6)
+    assert net.frozen == ("macro1", "macro2")
+    fixed = {name for name, parameter in net.backbone.named_parameters() if not parameter.requires_grad}
+    assert {name.split(".")[0] for name in fixed} == {"macro1", "macro2"}
+    assert not net.backbone.macro2.bn2.training
+    assert net.backbone.macro3.bn3.training
+    assert detector.net.backbone.macro5.conv5_3.weight.equal(theirs[28].weight)
+
+
+def test_without_weights_nothing_is_frozen_and_that_is_said(caplog):
+    with caplog.at_level("INFO"):
+        detector = LitPedestrianDetector(rpn())
+    assert "none of its layers is frozen" in caplog.text
+    assert all(parameter.requires_grad for parameter in detector.parameters())
+    chosen = LitPedestrianDetector(rpn(), frozen=["macro1"])
+    assert not chosen.net.backbone.macro1.conv1_1.weight.requires_grad
+
+
+def test_weights_of_a_trained_detector_s_backbone_are_taken(tmp_path):
+    trained = LitPedestrianDetector(rpn())
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.ckpt")
+    torch.save(trained.net.backbone.state_dict(), tmp_path / "backbone.pth")
+    for file in ("trained.ckpt", "backbone.pth"):
+        fresh = VGGEncoder(width=0.125, macro_layers=4)
+        load_backbone(fresh, tmp_path / file)
+        assert fresh.macro4.conv4_2.weight.equal(trained.net.backbone.macro4.conv4_2.weight)
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="do not fit"):
+        load_backbone(VGGEncoder(width=0.125), tmp_path / "other.pth")
+    normed = {
+        f"features.{name}": value for name, value in torchvision.models.vgg11_bn(weights=None).features.state_dict().items()
+    }
+    torch.save(normed, tmp_path / "normed.pth")
+    with pytest.raises(ValueError, match=r"16 layers under `features.` and the encoder has 13"):
+        load_backbone(VGGEncoder(), tmp_path / "normed.pth")
+    with pytest.raises(ValueError, match=r"Weight of `features.0` is \(64, 3, 11, 11\) but that of `macro1.conv1` \(8"):
+        AlexNetEncoder(width=0.125).load_classifier(torchvision.models.alexnet(weights=None).state_dict())
+
+
+# ---------------------------------------------------------------- in a Trainer
+
+
+def test_boxes_are_standardised_by_the_training_images(tmp_path):
+    data = streets(batch_size=3, augment=False)
+    detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1, logger=False, enable_checkpointing=False).fit(detector, data)
+    starts = pedestrian_anchors((8, 12), stride=8, scales=(0.8, 1.2, 1.7)).double()
+    rows = []
+    for _, targets in data.analysis_dataloader():
+        for target in targets:
+            boxes, ignore = persons_to_learn(target, 16.0, 1.0)
+            labels, persons = assign_anchors(starts, boxes.double(), ignore, (64, 96))
+            for a, b in zip(starts[labels == 1], boxes.double()[persons[labels == 1]], strict=True):
+                w, h = a[2] - a[0], a[3] - a[1]
+                move = [(b[0] + b[2] - a[0] - a[2]) / 2 / w, (b[1] + b[3] - a[1] - a[3]) / 2 / h]
+                rows.append(torch.stack([*move, ((b[2] - b[0]) / w).log(), ((b[3] - b[1]) / h).log()]))
+    rows = torch.stack(rows)
+    torch.testing.assert_close(detector.net.target_mean.double(), rows.mean(0), rtol=1e-4, atol=1e-5)  # float32 boxes
+    torch.testing.assert_close(detector.net.target_std.double(), rows.std(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rpn", "fast_rcnn"])
+def test_a_detector_trains_is_scored_and_drawn(kind, tmp_path, proposed, request):
+    data = streets() if kind == "rpn" else proposed
+    detector = LitPedestrianDetector({"rpn": rpn, "fast_rcnn": fast_rcnn}[kind](), subset=SMALL, pictures=3)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(detector, data)
+    assert {"train/loss", "train/classification", "train/boxes", "val/miss_rate"} <= run.callback_metrics.keys()
+    logged = run.callback_metrics
+    torch.testing.assert_close(logged["train/loss"], logged["train/classification"] + logged["train/boxes"])
+    for name in ("val_detections", "val_curve"):
+        assert (tmp_path / "compress" / f"{name}.png").stat().st_size > 1000
+    by_hand = LogAverageMissRate(SMALL)
+    for images, targets in data.val_dataloader():
+        given = [target["proposals"] for target in targets] if kind == "fast_rcnn" else None
+        by_hand.update(detector.eval()(images, given), targets)
+    assert logged["val/miss_rate"].item() == pytest.approx(by_hand.compute().item(), rel=1e-6)
+    run.test(detector, data, verbose=False)
+    assert "test/miss_rate" in run.callback_metrics
+    found = run.predict(detector, data)
+    assert [len(batch) for batch in found] == [2, 2]
+
+
+def test_proposals_are_mirrored_with_their_image(proposed):
+    proposed.augment = True
+    torch.manual_seed(0)
+    turned = 0
+    plain = {target["image_id"]: target for _, batch in proposed.analysis_dataloader() for target in batch}
+    for _, batch in proposed.train_dataloader():
+        for target in batch:
+            boxes, before = target["proposals"], plain[target["image_id"]]["proposals"]
+            if not torch.equal(boxes, before):
+                turned += 1
+                torch.testing.assert_close(
+                    boxes, torch.stack([96 - before[:, 2], before[:, 1], 96 - before[:, 0], before[:, 3]], 1)
+                )
+    assert 0 < turned < 8
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    """With the mean and deviation of boxes that it had measured."""
+
+    def fit(folder, epochs, **options):
+        seed_everything(0, verbose=False)
+        detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
+        run = trainer(tmp_path / folder, max_epochs=epochs, logger=False)
+        run.fit(detector, streets(augment=False), **options)
+        return detector, run
+
+    _, first = fit("first", 1)
+    checkpoint = first.checkpoint_callback.best_model_path
+    seen = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert seen["measured"]
+    fresh = LitPedestrianDetector.load_from_checkpoint(checkpoint, net=rpn(), subset=SMALL)
+    assert torch.equal(fresh.net.target_std, seen["net.target_std"])
+    resumed = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
+    resumed.net.measure_targets = None  # would fail if it were called
+    run = trainer(tmp_path / "more", max_epochs=2, logger=False)
+    run.fit(resumed, streets(augment=False), ckpt_path=checkpoint)
+    assert run.global_step == 8
+
+
+def test_a_detector_is_pruned_in_a_run(tmp_path):
+    detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
+    before = sum(parameter.numel() for parameter in detector.net.parameters())
+    run = trainer(tmp_path, max_epochs=2, callbacks=[PFAPruning(keep_params=0.6, at_epoch=1)])
+    run.fit(detector, streets())
+    after = sum(parameter.numel() for parameter in detector.net.parameters())
+    assert after <= 0.6 * before
+    assert detector.net.score.weight.shape[0] == 3  # a channel an anchor, as it was
+    assert detector.net.box.weight.shape[0] == 12
+    assert detector.net.backbone.macro1.conv1_1.weight.shape[0] < 8 or detector.net.conv.weight.shape[0] < 16
+    again = load_pruned(LitPedestrianDetector(rpn(), subset=SMALL), run.checkpoint_callback.best_model_path).eval()
+    images, _ = next(iter(streets().test_dataloader()))
+    for one, other in zip(detector.eval()(images), again(images), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_fast_rcnn_is_pruned_in_a_run(tmp_path, proposed):
+    detector = LitPedestrianDetector(fast_rcnn(), subset=SMALL, pictures=0)
+    before = sum(parameter.numel() for parameter in detector.net.parameters())
+    trainer(tmp_path, max_epochs=2, callbacks=[PFAPruning(keep_params=0.8, at_epoch=1)]).fit(detector, proposed)
+    assert sum(parameter.numel() for parameter in detector.net.parameters()) <= 0.8 * before
+    assert detector.net.box.weight.shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rpn(image_size=(96, 64)), r"`image_size` must be a short side and a longest long side but got \(96, 64\)"),
+        (lambda: rpn(positives=0), "must be at least 1 but got 0 and 100"),
+        (lambda: rpn(min_visible=2.0), r"`min_visible` must lie in \[0, 1\] but got 2"),
+        (lambda: rpn(box_weight=-1.0), "`box_weight` must be 0 or more but got -1"),
+        (lambda: rpn(scales=()), "at least one scale"),
+        (lambda: fast_rcnn(pool="mean"), '"max" or "align"'),
+        (lambda: fast_rcnn().eval()([torch.rand(3, 64, 96)]), "give `proposals`"),
+        (lambda: RegionProposalNetwork(nn.Sequential(nn.Flatten(), nn.LazyLinear(3))), "must give one feature map"),
+        (lambda: RegionProposalNetwork(nn.Conv2d(3, 4, 3, stride=(1, 2), padding=1)), "must have one stride"),
+        (lambda: rpn().freeze(["macro9"]), r"no layers \['macro9'\] to freeze"),
+        (lambda: LitPedestrianDetector(rpn(), measured_on=0), "`measured_on` must be at least 1"),
+        (lambda: LitPedestrianDetector(rpn(), subset="tall"), "one of reasonable"),
+        (lambda: VGGEncoder(macro_layers=6), "1 to 5 but got 6"),
+        (lambda: VGGEncoder(width=0.001), "a filter of its 64"),
+        (lambda: AlexNetEncoder(width=0.001), "a filter of its 64"),
+        (lambda: rpn().measure_targets([]), "gave 0 boxes with a pedestrian"),
+    ],
+)
+def test_says_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_proposals_by_the_name_of_images_are_read_as_they_were_written(tmp_path):
+    found = {"a photo": Detections.of([[1.5, 2, 3, 4, 0.25]]), "none": Detections.of([])}
+    write_results(tmp_path / "boxes.json", found)
+    again = read_results(tmp_path / "boxes.json")
+    assert again.keys() == found.keys()
+    assert again["a photo"].boxes.tolist() == [[1.5, 2.0, 3.0, 4.0]]
+    assert again["a photo"].scores.tolist() == [0.25]
+    assert again["none"].boxes.shape == (0, 4)
+    (tmp_path / "boxes.json").write_text('{"a": [[1, 2, 3]]}')
+    with pytest.raises(ValueError, match=r"boxes.json, image 'a': expected rows of 5 numbers"):
+        read_results(tmp_path / "boxes.json")
+    (tmp_path / "boxes.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no detections by the name"):
+        read_results(tmp_path / "boxes.json")
