@@ -1,5 +1,6 @@
 """Detectors of pedestrians: their losses against plain loops, their lives in a Trainer, and what they see of drawn streets."""
 
+import csv
 from math import exp, inf, log
 
 import pytest
@@ -9,16 +10,18 @@ from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torchvision.models.vgg import make_layers
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, roi_align
 
 from lit_compress import load_pruned
 from lit_compress.callbacks import PFAPruning
+from lit_compress.cli import main
 from lit_compress.datamodules import ProposedPedestrianDataModule, SyntheticPedestrianDataModule
 from lit_compress.detection import (
     DetectionLimits,
     FastRCNN,
     RegionProposalNetwork,
     assign_anchors,
+    best_detections,
     detection_losses,
     pedestrian_anchors,
     sample_anchors,
@@ -30,6 +33,7 @@ from lit_compress.models import AlexNetEncoder, VGGEncoder
 from lit_compress.modules import LitPedestrianDetector
 from lit_compress.pedestrians import Detections, Subset, read_results, write_results
 from lit_compress.taps import Taps
+from tests.caltech_files import picture, write_seq, write_vbb
 
 SMALL = Subset(heights=(16.0, inf), bounds=None)
 LIMITS = DetectionLimits(min_width=4, min_height=12, before=300)
@@ -470,3 +474,74 @@ def test_proposals_by_the_name_of_images_are_read_as_they_were_written(tmp_path)
     (tmp_path / "boxes.json").write_text("[1]")
     with pytest.raises(ValueError, match="no detections by the name"):
         read_results(tmp_path / "boxes.json")
+
+
+# ---------------------------------------------------------------- from the command line
+
+
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+
+
+def test_the_config_trains_on_streets_with_pictures(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = [
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.check_val_every_n_epoch",
+        "1",
+        "--data.train_size",
+        "16",
+        "--data.val_size",
+        "4",
+    ]
+    main(["fit", "--config", str(root / "configs" / "pedestrians_synthetic.yaml"), *few, *QUIET])
+    (run,) = (tmp_path / "lit_compress_runs" / "pedestrians_synthetic").iterdir()
+    assert "val/miss_rate" in (run / "metrics.csv").read_text()
+    assert (run / "compress" / "val_detections.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_the_config_beats_a_blind_detector_by_far(root, tmp_path, monkeypatch):
+    """Blind: the same boxes in each image, each scored by how often a person is there in training."""
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(root / "configs" / "pedestrians_synthetic.yaml"), *QUIET])
+    (logged,) = (tmp_path / "lit_compress_runs").rglob("metrics.csv")
+    with logged.open() as stream:
+        seen = min(float(row["val/miss_rate"]) for row in csv.DictReader(stream) if row["val/miss_rate"])
+    data = streets(size=(96, 128), heights=(16, 64), train_size=400, val_size=150)
+    boxes = pedestrian_anchors((24, 32), stride=4, scales=tuple(0.8 * 1.15**step for step in range(10)))
+    often = torch.zeros(len(boxes))
+    for _, targets in data.analysis_dataloader():
+        for target in targets:
+            persons, ignore = persons_to_learn(target, 20.0, 0.65)
+            if not ignore.all():
+                often += (box_iou(boxes, persons[~ignore]) >= 0.5).any(dim=1)
+    kept = best_detections(boxes, often, min_width=0, min_height=0)
+    blind = LogAverageMissRate(Subset(heights=(20.0, inf), bounds=None))
+    for images, targets in data.val_dataloader():
+        blind.update([{"boxes": boxes[kept], "scores": often[kept]} for _ in images], targets)
+    assert blind.compute() > 0.9
+    assert seen < 0.45
+
+
+@pytest.fixture
+def caltech(tmp_path):
+    """A few frames of each split in Caltech's own formats, and boxes of a detector for them."""
+    for name in ("set00", "set05", "set06"):
+        frames = 30
+        write_seq(tmp_path / "caltech" / name / "V000.seq", [picture(index, 96, 64) for index in range(frames)])
+        person = ("person", 1, [[30 + index, 6, 22, 52] for index in range(frames)], [[0, 0, 0, 0]] * frames)
+        write_vbb(tmp_path / "caltech" / "annotations" / name / "V000.vbb", frames, [person])
+        boxes = {f"{name}_V000_I{index:05d}": Detections.of([[31 + index, 7, 22, 50, 1.0]]) for index in range(frames)}
+        write_results(tmp_path / "acf", boxes)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["rpn", "fast_rcnn"])
+def test_the_caltech_configs_start(name, root, caltech, monkeypatch):
+    monkeypatch.chdir(caltech)
+    net = "--model.net.init_args"
+    thin = ["--trainer.fast_dev_run", "true", f"{net}.backbone.init_args.width", "0.125", f"{net}.hidden", "8"]
+    thin += [f"{net}.image_size", "[128,192]", "--data.num_workers", "0"]
+    folder = "--data.data_dir" if name == "rpn" else "--data.source.init_args.data_dir"
+    main(["fit", "--config", str(root / "configs" / f"pedestrians_caltech_{name}.yaml"), *thin, folder, str(caltech), *QUIET])

@@ -185,9 +185,9 @@ class LitPedestrianDetector(PrunableMixin, LightningModule):
     def _score(self, split: str, miss_rate: LogAverageMissRate) -> None:
         rate = miss_rate.compute()  # of all ranks together, the same on each
         self.log(f"{split}/miss_rate", rate.float(), prog_bar=True)
-        if self._shown and not self.trainer.sanity_checking:
+        if self.pictures and not self.trainer.sanity_checking:
             outlets = Outlets(self.trainer)
-            if outlets.open:
+            if outlets.open and self._shown:
                 images, found, targets = zip(*self._shown, strict=True)
                 outlets.figure(f"{split}/detections", plot_detections(images, found, targets), f"{split}_detections")
                 outlets.figure(f"{split}/curve", miss_rate.plot()[0], f"{split}_curve")
