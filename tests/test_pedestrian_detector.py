@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.vgg import make_layers
 from torchvision.ops import box_iou, roi_align
 
-from lit_compress import load_pruned
+from lit_compress import load_pruned, ranks
 from lit_compress.callbacks import PFAPruning
 from lit_compress.cli import main
 from lit_compress.datamodules import ProposedPedestrianDataModule, SyntheticPedestrianDataModule
@@ -432,6 +432,30 @@ def test_a_fast_rcnn_is_pruned_in_a_run(tmp_path, proposed):
     trainer(tmp_path, max_epochs=2, callbacks=[PFAPruning(keep_params=0.8, at_epoch=1)]).fit(detector, proposed)
     assert sum(parameter.numel() for parameter in detector.net.parameters()) <= 0.8 * before
     assert detector.net.box.weight.shape[0] == 4
+
+
+def train_on_ranks(folder):
+    size = ranks.world_size()
+    several = {"strategy": "ddp", "devices": size} if size > 1 else {}
+    torch.manual_seed(0)
+    detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=2)
+    run = trainer(folder, logger=CSVLogger(folder, "", ""), **several)
+    run.fit(detector, streets(val_size=5))  # an odd one: the sampler repeats an image
+    return {name: value.detach() for name, value in detector.net.state_dict().items()}, run.callback_metrics[
+        "val/miss_rate"
+    ].item()
+
+
+def test_two_processes_are_one_detector(processes, tmp_path):
+    alone, _ = train_on_ranks(tmp_path / "one")
+    (first, rate), (second, other) = processes(2)(train_on_ranks, tmp_path / "two")
+    assert rate == other
+    for name, value in first.items():
+        assert "running" in name or torch.equal(value, second[name]), name
+    # Each box once, of images that no rank has twice.
+    torch.testing.assert_close(first["target_mean"], alone["target_mean"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first["target_std"], alone["target_std"], rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "two" / "compress" / "val_detections.png").exists()
 
 
 @pytest.mark.parametrize(

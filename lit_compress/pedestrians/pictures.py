@@ -49,7 +49,7 @@ def plot_miss_rates(curves: Mapping[str, MissRateCurve], axes: Axes | None = Non
 
 
 def plot_detections(
-    images: Sequence[Tensor], detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]], least: float = 0.1
+    images: Sequence[Tensor], detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]], least: float = 0.3
 ) -> Figure:
     """Draw images with what was detected in them (red, with its score) and what is there (green; grey for ignore regions).
 
