@@ -506,8 +506,9 @@ def test_proposals_by_the_name_of_images_are_read_as_they_were_written(tmp_path)
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
 
-def test_the_config_trains_on_streets_with_pictures(root, tmp_path, monkeypatch):
+def test_the_config_trains_on_streets_with_pictures(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    config = root / "configs" / "pedestrians_synthetic.yaml"
     few = [
         "--trainer.max_epochs",
         "1",
@@ -518,10 +519,13 @@ def test_the_config_trains_on_streets_with_pictures(root, tmp_path, monkeypatch)
         "--data.val_size",
         "4",
     ]
-    main(["fit", "--config", str(root / "configs" / "pedestrians_synthetic.yaml"), *few, *QUIET])
+    main(["fit", "--config", str(config), *few, *QUIET])
     (run,) = (tmp_path / "lit_compress_runs" / "pedestrians_synthetic").iterdir()
     assert "val/miss_rate" in (run / "metrics.csv").read_text()
     assert (run / "compress" / "val_detections.png").stat().st_size > 1000
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    main(["test", "--config", str(config), *few, "--data.test_size", "4", *QUIET, "--ckpt_path", str(checkpoint)])
+    assert "test/miss_rate" in capsys.readouterr().out
 
 
 @pytest.mark.long

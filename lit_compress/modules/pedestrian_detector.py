@@ -94,7 +94,7 @@ class LitPedestrianDetector(PrunableMixin, LightningModule):
         for name, number, least in (("measured_on", measured_on, 1), ("pictures", pictures, 0)):
             if number < least:
                 raise ValueError(f"Argument `{name}` must be at least {least} but got {number}.")
-        self.save_hyperparameters("scheduler_interval", "measured_on", "pictures")
+        self.save_hyperparameters(ignore=["net", "weights", "frozen", "optimizer", "scheduler", "subset"])
         self.net = RegionProposalNetwork() if net is None else net
         if weights is not None:
             load_backbone(self.net.backbone, weights)
