@@ -7,6 +7,7 @@ from lit_compress.detection.detector import DetectionLimits, PedestrianDetector
 from lit_compress.detection.fast_rcnn import FastRCNN
 from lit_compress.detection.objective import detection_losses
 from lit_compress.detection.rpn import RegionProposalNetwork
+from lit_compress.detection.students import pedestrian_resnet
 from lit_compress.detection.suppression import best_detections, suppress
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "detection_losses",
     "encode_boxes",
     "pedestrian_anchors",
+    "pedestrian_resnet",
     "sample_anchors",
     "suppress",
 ]

@@ -6,6 +6,7 @@ from lit_compress.models.erfnet import ERFNet
 from lit_compress.models.hint import with_hint
 from lit_compress.models.lenet import MLP, LeNet5, LeNet300100
 from lit_compress.models.normed_mlp import NormedMLP
+from lit_compress.models.preact_resnet import PreActResNet
 from lit_compress.models.resnet import ResidualBlock, ResNetCIFAR, ZeroPadShortcut
 from lit_compress.models.resnet_imagenet import ResNet18Half, resnet34
 from lit_compress.models.simple_cnn import SimpleCNN
@@ -24,6 +25,7 @@ __all__ = [
     "LeNet300100",
     "NormedMLP",
     "PreActBlock",
+    "PreActResNet",
     "ResNet18Half",
     "ResNetCIFAR",
     "ResidualBlock",

@@ -6,6 +6,7 @@ files count pixels from 1: readers and writers convert, nothing else needs to kn
 
 from lit_compress.pedestrians.annotations import Annotations, Detections, Frame, scenes_of
 from lit_compress.pedestrians.formats import Truths, read_detections, read_truths
+from lit_compress.pedestrians.patches import rescore, warp
 from lit_compress.pedestrians.pictures import plot_detections, plot_miss_rates
 from lit_compress.pedestrians.protocol import MissRateCurve, Scenes, evaluate
 from lit_compress.pedestrians.results import read_results, write_results
@@ -30,6 +31,8 @@ __all__ = [
     "read_results",
     "read_truths",
     "read_vbb",
+    "rescore",
     "scenes_of",
+    "warp",
     "write_results",
 ]
