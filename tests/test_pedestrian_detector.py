@@ -35,6 +35,7 @@ from lit_compress.pedestrians import Detections, Subset, read_results, write_res
 from lit_compress.taps import Taps
 from tests.caltech_files import picture, write_seq, write_vbb
 
+MEAN, STD = (torch.tensor(row).view(3, 1, 1) for row in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))  # ImageNet's
 SMALL = Subset(heights=(16.0, inf), bounds=None)
 LIMITS = DetectionLimits(min_width=4, min_height=12, before=300)
 
@@ -140,7 +141,7 @@ def test_the_rpn_s_loss_is_that_of_plain_loops():
     torch.manual_seed(3)
     found = net.losses(images, targets)
     with torch.no_grad():
-        maps = net.backbone((torch.stack(images) - net.colour_mean) / net.colour_std)
+        maps = net.backbone((torch.stack(images) - MEAN) / STD)
         hidden = net.conv(maps).relu()
         scores, offsets = net.score(hidden), net.box(hidden)
     starts = pedestrian_anchors(maps.shape[2:], stride=8, scales=(0.8, 1.2, 1.7))
@@ -174,7 +175,7 @@ def test_fast_rcnn_s_loss_is_that_of_plain_loops(proposed):
         weights = sample_anchors(labels, positives=16, negatives=48, balanced=False)
         assert set(weights.tolist()) <= {0.0, 1.0}
         with torch.no_grad():
-            resized = nn.functional.interpolate((image - net.colour_mean)[None] / net.colour_std, (128, 192), mode="bilinear")
+            resized = nn.functional.interpolate((image - MEAN)[None] / STD, (128, 192), mode="bilinear")
             maps = net.backbone(resized)
             regions = roi_align(maps, [starts], (3, 3), 1 / 16, sampling_ratio=2, aligned=True).flatten(1)
             hidden = net.fc7(net.fc6(regions).relu()).relu()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Normalize
 
 from lit_compress.checkpoint import load_pruned, read
 from lit_compress.graph import evaluating
@@ -58,3 +59,8 @@ def load_backbone(backbone: nn.Module, weights: str | Path) -> None:
         backbone.load_classifier(content)
     else:
         load_pruned(backbone, weights)
+
+
+def imagenet_colours() -> Normalize:
+    """Standardises images in [0, 1] by the mean and deviation of ImageNet's, as torchvision's weights expect them."""
+    return Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])

@@ -16,13 +16,11 @@ from typing_extensions import override
 from lit_compress import ranks
 from lit_compress.detection.anchors import decode_boxes, encode_boxes
 from lit_compress.detection.assignment import NEITHER, POSITIVE, assign_anchors, sample_anchors
-from lit_compress.detection.backbones import measured
+from lit_compress.detection.backbones import imagenet_colours, measured
 from lit_compress.detection.objective import Target, detection_losses, persons_to_learn
 from lit_compress.detection.suppression import best_detections
 from lit_compress.graph import evaluating
 from lit_compress.pedestrians.protocol import PERSON
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images, as torchvision's weights expect them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +77,6 @@ class PedestrianDetector(nn.Module, ABC):
         min_height: Persons less tall, in pixels, are not learnt and no negatives either.
         min_visible: And so are those of whom a smaller share is visible.
         limits: Which boxes are detections.
-        mean: Of each colour of images in [0, 1], which is subtracted.
-        std: What each colour is divided by.
 
     Raises:
         ValueError: If a number is out of range, or the backbone gives no feature map.
@@ -88,8 +84,6 @@ class PedestrianDetector(nn.Module, ABC):
 
     target_mean: Tensor
     target_std: Tensor
-    colour_mean: Tensor
-    colour_std: Tensor
 
     def __init__(
         self,
@@ -103,8 +97,6 @@ class PedestrianDetector(nn.Module, ABC):
         min_height: float,
         min_visible: float,
         limits: DetectionLimits | None,
-        mean: tuple[float, float, float] = _MEAN,
-        std: tuple[float, float, float] = _STD,
     ) -> None:
         super().__init__()
         if image_size is not None and not 0 < image_size[0] <= image_size[1]:
@@ -125,8 +117,7 @@ class PedestrianDetector(nn.Module, ABC):
         self.frozen: tuple[str, ...] = ()
         self.register_buffer("target_mean", torch.zeros(4))
         self.register_buffer("target_std", torch.ones(4))
-        self.register_buffer("colour_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("colour_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.colours = imagenet_colours()
 
     @abstractmethod
     def starts(
@@ -172,9 +163,9 @@ class PedestrianDetector(nn.Module, ABC):
         for image, scale, start, logit, offset in zip(
             images, entered.scales, starts, logits.split(counts), relative.split(counts), strict=True
         ):
-            boxes = decode_boxes(offset.float() * self.target_std + self.target_mean, start) / scale
+            boxes = decode_boxes(offset.to(start.dtype) * self.target_std + self.target_mean, start) / scale
             boxes = clip_boxes_to_image(boxes, (image.shape[1], image.shape[2]))
-            scores = logit.float().sigmoid()
+            scores = logit.to(start.dtype).sigmoid()
             kept = best_detections(boxes, scores, **asdict(self.limits))
             labels = torch.full((len(kept),), PERSON, device=boxes.device)
             found.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels})
@@ -210,7 +201,7 @@ class PedestrianDetector(nn.Module, ABC):
         ):
             labels, weight = one.labels[rows], weight[rows]
             target = (one.boxes[rows] - self.target_mean) / self.target_std
-            parts.append(torch.stack(detection_losses(logit.float(), offset.float(), labels, target, weight)))
+            parts.append(torch.stack(detection_losses(logit.to(target.dtype), offset.to(target.dtype), labels, target, weight)))
         classification, boxes = torch.stack(parts).mean(dim=0)
         return {"classification": classification, "boxes": self.box_weight * boxes}
 
@@ -271,7 +262,7 @@ class PedestrianDetector(nn.Module, ABC):
         for image in images:
             height, width = image.shape[1:]
             size = self._size(height, width)
-            image = (image - self.colour_mean) / self.colour_std
+            image = self.colours(image)
             if size != (height, width):
                 image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
             resized.append(image)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import nn
-from torchvision.transforms.v2 import Normalize
 
 from lit_compress.detection.acf import ACFChannels
+from lit_compress.detection.backbones import imagenet_colours
 from lit_compress.models.hint import with_hint
 from lit_compress.models.preact_resnet import PreActResNet
 
@@ -57,7 +57,7 @@ def pedestrian_resnet(
     if inputs not in ("rgb", "acf"):
         raise ValueError(f'Argument `inputs` must be "rgb" or "acf" but got {inputs!r}.')
     depth, widths = sizes[size]
-    first: nn.Module = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    first: nn.Module = imagenet_colours()
     if inputs == "acf":
         first = ACFChannels(size=(side, side))
     network = PreActResNet(depth, num_classes=2, in_channels=3 if inputs == "rgb" else 10, widths=widths, inputs=first)
