@@ -195,6 +195,15 @@ def test_images_without_anybody_have_a_loss():
     sum(parts.values()).backward()
 
 
+def test_images_without_proposals_have_no_detections_and_no_loss():
+    nothing = torch.empty(0, 4)
+    net, images = fast_rcnn(), [torch.rand(3, 64, 96)] * 2
+    assert [len(found["boxes"]) for found in net.eval()(images, [nothing, torch.tensor([[10.0, 10.0, 30.0, 58.0]])])] == [0, 1]
+    parts = net.train().losses(images, [{"boxes": nothing, "proposals": nothing}] * 2)
+    assert parts["classification"] == parts["boxes"] == 0
+    sum(parts.values()).backward()
+
+
 def test_who_is_small_or_hidden_is_an_ignore_region_of_the_size_it_has():
     target = {
         "boxes": torch.tensor([[0.0, 0, 61, 100], [0, 0, 61, 40], [0, 0, 61, 100], [0, 0, 61, 100], [0, 0, 61, 100]]),

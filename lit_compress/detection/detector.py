@@ -142,6 +142,10 @@ class PedestrianDetector(nn.Module, ABC):
             chosen: Indices of those that are asked for, in each image.
         """
 
+    def learn_from(self, given: Sequence[Tensor] | None, persons: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Boxes given for training, by those given for the images and by the persons in them."""
+        return given
+
     @override
     def forward(self, images: Sequence[Tensor], proposals: Sequence[Tensor] | None = None) -> list[dict[str, Tensor]]:
         """Detections in each image.
@@ -154,7 +158,7 @@ class PedestrianDetector(nn.Module, ABC):
             For each image ``boxes`` ``(n, 4)`` in its own pixels, ``scores`` ``(n,)`` in [0, 1], highest first, and ``labels``.
         """
         entered = self._enter(images)
-        maps = self._maps(entered)
+        maps: Tensor = self.backbone(entered.images)
         starts = self._starts(entered, maps.shape[2:], proposals)
         everything = [torch.arange(len(start), device=start.device) for start in starts]
         logits, relative = self.read(maps, starts, everything)
@@ -186,7 +190,7 @@ class PedestrianDetector(nn.Module, ABC):
             ``classification`` (nats) and ``boxes``, by ``box_weight``.
         """
         entered = self._enter(images)
-        maps = self._maps(entered)
+        maps: Tensor = self.backbone(entered.images)
         starts, wanted = self._wanted(entered, maps.shape[2:], targets)
         weights = [
             sample_anchors(one.labels, positives=self.positives, negatives=self.negatives, balanced=self.balanced)
@@ -280,10 +284,6 @@ class PedestrianDetector(nn.Module, ABC):
         scale = min(self.image_size[0] / min(height, width), self.image_size[1] / max(height, width))
         return round(height * scale), round(width * scale)
 
-    def _maps(self, entered: Entered) -> Tensor:
-        maps: Tensor = self.backbone(entered.images)
-        return maps
-
     def _starts(self, entered: Entered, shape: Any, given: Sequence[Tensor] | None) -> list[Tensor]:
         scaled = None if given is None else [boxes * scale for boxes, scale in zip(given, entered.scales, strict=True)]
         return self.starts((int(shape[0]), int(shape[1])), entered.sizes, scaled, entered.scales[0])
@@ -304,10 +304,6 @@ class PedestrianDetector(nn.Module, ABC):
             relative[found] = encode_boxes(boxes[persons[found]], start[found])
             wanted.append(Wanted(labels, relative))
         return starts, wanted
-
-    def learn_from(self, given: Sequence[Tensor] | None, persons: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """Boxes given for training, by those given for the images and by the persons in them."""
-        return given
 
 
 def begin_small(layer: nn.Conv2d | nn.Linear, std: float) -> None:
