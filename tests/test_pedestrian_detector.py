@@ -6,7 +6,7 @@ from math import exp, inf, log
 import pytest
 import torch
 import torchvision
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torchvision.models.vgg import make_layers
@@ -397,27 +397,21 @@ def test_proposals_are_mirrored_with_their_image(proposed):
     assert 0 < turned < 8
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path):
-    """With the mean and deviation of boxes that it had measured."""
-
-    def fit(folder, epochs, **options):
-        seed_everything(0, verbose=False)
-        detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
-        run = trainer(tmp_path / folder, max_epochs=epochs, logger=False)
-        run.fit(detector, streets(augment=False), **options)
-        return detector, run
-
-    _, first = fit("first", 1)
+def test_a_run_goes_on_with_the_deviations_that_it_has_measured(tmp_path):
+    first = trainer(tmp_path / "first", logger=False)
+    first.fit(LitPedestrianDetector(rpn(), subset=SMALL, pictures=0), streets())
     checkpoint = first.checkpoint_callback.best_model_path
     seen = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert seen["measured"]
-    fresh = LitPedestrianDetector.load_from_checkpoint(checkpoint, net=rpn(), subset=SMALL)
-    assert torch.equal(fresh.net.target_std, seen["net.target_std"])
+    loaded = LitPedestrianDetector.load_from_checkpoint(checkpoint, net=rpn(), subset=SMALL)
+    assert loaded.pictures == 0
+    assert all(torch.equal(value, seen[name]) for name, value in loaded.state_dict().items())
     resumed = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
-    resumed.net.measure_targets = None  # would fail if it were called
-    run = trainer(tmp_path / "more", max_epochs=2, logger=False)
-    run.fit(resumed, streets(augment=False), ckpt_path=checkpoint)
-    assert run.global_step == 8
+    more = trainer(tmp_path / "more", max_epochs=2, logger=False)
+    more.fit(resumed, streets(seed=1), ckpt_path=checkpoint)  # other streets, with other deviations
+    assert more.global_step == 8
+    assert torch.equal(resumed.net.target_std, seen["net.target_std"])
+    assert not torch.equal(resumed.net.score.weight, seen["net.score.weight"])
 
 
 def test_a_detector_is_pruned_in_a_run(tmp_path):
