@@ -31,7 +31,7 @@ from lit_compress.detection.objective import persons_to_learn
 from lit_compress.metrics import LogAverageMissRate
 from lit_compress.models import AlexNetEncoder, VGGEncoder
 from lit_compress.modules import LitPedestrianDetector
-from lit_compress.pedestrians import Detections, Subset, read_results, write_results
+from lit_compress.pedestrians import Detections, Subset, write_results
 from lit_compress.taps import Taps
 from tests.caltech_files import picture, write_seq, write_vbb
 
@@ -486,22 +486,6 @@ def test_two_processes_are_one_detector(processes, tmp_path):
 def test_says_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_proposals_by_the_name_of_images_are_read_as_they_were_written(tmp_path):
-    found = {"a photo": Detections.of([[1.5, 2, 3, 4, 0.25]]), "none": Detections.of([])}
-    write_results(tmp_path / "boxes.json", found)
-    again = read_results(tmp_path / "boxes.json")
-    assert again.keys() == found.keys()
-    assert again["a photo"].boxes.tolist() == [[1.5, 2.0, 3.0, 4.0]]
-    assert again["a photo"].scores.tolist() == [0.25]
-    assert again["none"].boxes.shape == (0, 4)
-    (tmp_path / "boxes.json").write_text('{"a": [[1, 2, 3]]}')
-    with pytest.raises(ValueError, match=r"boxes.json, image 'a': expected rows of 5 numbers"):
-        read_results(tmp_path / "boxes.json")
-    (tmp_path / "boxes.json").write_text("[1]")
-    with pytest.raises(ValueError, match="no detections by the name"):
-        read_results(tmp_path / "boxes.json")
 
 
 # ---------------------------------------------------------------- from the command line

@@ -92,11 +92,11 @@ def read_detections(
     """Detections of a folder or a file.
 
     Args:
-        path: A folder as :func:`~lit_compress.pedestrians.results.read_results` reads it; a ``.json`` list of
-            ``{"image_id", "bbox", "score"}``, as COCO's; or a ``.mat`` with cells ``dt`` of rows ``[x y w h score]``.
+        path: A folder or a ``.json`` by name as :func:`~lit_compress.pedestrians.results.read_results` reads them; a ``.json``
+            list of ``{"image_id", "bbox", "score"}``, as COCO's; or a ``.mat`` with cells ``dt`` of rows ``[x y w h score]``.
         truths: Annotations of the same images.
         damaged: As in :func:`read_truths`.
-        from_one: Whether a JSON counts pixels from 1.
+        from_one: Whether a JSON as COCO's counts pixels from 1.
 
     Raises:
         ValueError: If a file is damaged, or names an image that has no annotations.
@@ -114,6 +114,11 @@ def read_detections(
             )
         return {name: Detections(rows[:, :4] - (1, 1, 0, 0), rows[:, 4]) for name, rows in cells.items()}
     content = read_json(path)
+    if isinstance(content, dict):
+        named = read_results(path)
+        if unknown := sorted(named.keys() - truths.annotations.keys()):
+            raise ValueError(f"{path}: {len(unknown)} images have no annotations; the first is {unknown[0]!r}.")
+        return named
     if not isinstance(content, list):
         raise ValueError(f"{path} is no list of detections, as COCO's are.")
     rows: dict[str, list[Any]] = {name: [] for name in truths.ids.values()}
