@@ -10,6 +10,7 @@ from lit_compress.datamodules.mnist import MNISTDataModule
 from lit_compress.datamodules.pedestrian_images import PedestrianDataModule
 from lit_compress.datamodules.pedestrian_patches import PedestrianPatchDataModule
 from lit_compress.datamodules.penn_fudan import PennFudanDataModule
+from lit_compress.datamodules.proposed_pedestrians import ProposedPedestrianDataModule
 from lit_compress.datamodules.rotated_mnist import RotatedMNISTDataModule
 from lit_compress.datamodules.segmentation import SegmentationDataModule
 from lit_compress.datamodules.synthetic_pedestrians import SyntheticPedestrianDataModule
@@ -28,6 +29,7 @@ __all__ = [
     "PedestrianDataModule",
     "PedestrianPatchDataModule",
     "PennFudanDataModule",
+    "ProposedPedestrianDataModule",
     "RotatedMNISTDataModule",
     "SegmentationDataModule",
     "SyntheticPedestrianDataModule",

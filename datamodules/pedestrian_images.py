@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lit_compress.pedestrians.annotations import Annotations
+from lit_compress.pedestrians.annotations import Annotations, Detections
+from lit_compress.pedestrians.protocol import Floats
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Target = dict[str, Any]
 Batch = tuple[list[Tensor], list[Target]]
 Batches = DataLoader[Any]
+_NONE = np.empty((0, 4))
 
 
 class PedestrianImage(NamedTuple):
@@ -103,13 +105,18 @@ class PedestrianDataModule(LightningDataModule, ABC):
         """The training images in fixed order and not mirrored: what pruning statistics are taken on."""
         return self._loader("train")
 
+    @property
+    def proposed(self) -> Mapping[str, Detections] | None:
+        """Boxes of a detector by the name of the image, which go into the targets; None if there are none."""
+        return None
+
     @cached_property
     def _found(self) -> dict[Split, Sequence[PedestrianImage]]:
         return {}
 
     def _loader(self, split: Split, augment: bool = False, shuffle: bool = False) -> Batches:
         return DataLoader(
-            PedestrianImages(self.images(split), mirror=augment),
+            PedestrianImages(self.images(split), mirror=augment, proposals=self.proposed),
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
@@ -124,11 +131,15 @@ class PedestrianImages(Dataset[tuple[Tensor, Target]]):
     Args:
         images: The images.
         mirror: Whether to mirror half of them, drawn from torch's RNG.
+        proposals: Boxes by the name of the image, for ``proposals`` ``(n, 4)`` in the targets; an image without any has none.
     """
 
-    def __init__(self, images: Sequence[PedestrianImage], mirror: bool = False) -> None:
+    def __init__(
+        self, images: Sequence[PedestrianImage], mirror: bool = False, proposals: Mapping[str, Detections] | None = None
+    ) -> None:
         self.images = images
         self.mirror = mirror
+        self.proposals = proposals
 
     def __len__(self) -> int:
         return len(self.images)
@@ -137,9 +148,15 @@ class PedestrianImages(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         one = self.images[index]
         image, annotations = one.read(), one.annotations
+        proposals = None if self.proposals is None else self.proposals[one.name].boxes if one.name in self.proposals else _NONE
         if self.mirror and torch.rand(()) < 0.5:
-            image, annotations = image.flip(2), mirrored(annotations, image.shape[2])
-        return image.float() / 255, target_of(annotations, index)
+            width = image.shape[2]
+            image, annotations = image.flip(2), mirrored(annotations, width)
+            proposals = None if proposals is None else _turned(proposals, width)
+        target = target_of(annotations, index)
+        if proposals is not None:
+            target["proposals"] = _corners(proposals)
+        return image.float() / 255, target
 
 
 def target_of(annotations: Annotations, image_id: int) -> Target:
@@ -165,10 +182,10 @@ def mirrored(annotations: Annotations, width: int) -> Annotations:
         annotations: Of the image.
         width: Its width in pixels.
     """
-    boxes, visible = annotations.boxes.copy(), annotations.visible.copy()
-    boxes[:, 0] = width - boxes[:, 0] - boxes[:, 2]
+    visible = annotations.visible.copy()
     occluded = visible.any(axis=1)
-    visible[occluded, 0] = width - visible[occluded, 0] - visible[occluded, 2]
+    visible[occluded] = _turned(visible[occluded], width)
+    boxes = _turned(annotations.boxes, width)
     return Annotations(boxes=boxes, labels=annotations.labels, visible=visible, ignore=annotations.ignore)
 
 
@@ -204,5 +221,12 @@ def read_image(path: Path) -> Tensor:
         raise ValueError(f"{path} cannot be read: {error}.") from None
 
 
-def _corners(boxes: Any) -> Tensor:
+def _turned(boxes: Floats, width: int) -> Floats:
+    """Boxes ``(x, y, width, height)`` in the mirrored image."""
+    turned: Floats = boxes.copy()
+    turned[:, 0] = width - boxes[:, 0] - boxes[:, 2]
+    return turned
+
+
+def _corners(boxes: Floats) -> Tensor:
     return torch.from_numpy(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)).float()

@@ -13,12 +13,12 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
 from lit_compress.datamodules.pedestrian_images import SPLITS, PedestrianDataModule, PedestrianImage, Split
 from lit_compress.datamodules.synthetic_pedestrians import SyntheticPedestrianDataModule
 from lit_compress.pedestrians.annotations import Annotations, Detections
+from lit_compress.pedestrians.patches import warp
 from lit_compress.pedestrians.protocol import PERSON, Flags, Floats
 from lit_compress.pedestrians.results import read_results
 from lit_compress.pedestrians.subsets import ASPECT_RATIO
@@ -50,7 +50,8 @@ class PedestrianPatchDataModule(LightningDataModule):
 
     Args:
         source: Where the images come from; ``None`` takes ``SyntheticPedestrianDataModule()``.
-        proposals: Folder of a detector's boxes, in the text form of Caltech's results, for all splits; ``None`` draws boxes.
+        proposals: A detector's boxes for all splits, as :func:`~lit_compress.pedestrians.read_results` reads them; ``None`` draws
+            boxes.
         min_height: Pedestrians less tall, in pixels, are ignore regions.
         min_visible: And so are those of whom a smaller share is visible.
         side: Height and width that patches are warped to.
@@ -266,29 +267,6 @@ class OneToThree(Sampler[int]):
         for _ in range(self.batches):
             yield from islice(positives, self.share)
             yield from islice(negatives, self.share * _NEGATIVES)
-
-
-def warp(image: Tensor, box: tuple[float, float, float, float], side: int) -> Tensor:
-    """A part of an image, stretched to a square.
-
-    Args:
-        image: ``(3, H, W)`` uint8.
-        box: Left, top, width and height in pixels, rounded to whole ones; beyond the image its edge is repeated.
-        side: Of the square.
-
-    Returns:
-        ``(3, side, side)`` float32 in [0, 1], bilinear and antialiased.
-
-    Example:
-        >>> warp(torch.zeros(3, 20, 30, dtype=torch.uint8), (25.0, -5.0, 10.0, 20.0), side=8).shape
-        torch.Size([3, 8, 8])
-    """
-    left, top = round(box[0]), round(box[1])
-    rows = torch.arange(top, max(round(box[1] + box[3]), top + 1)).clamp(0, image.shape[1] - 1)
-    columns = torch.arange(left, max(round(box[0] + box[2]), left + 1)).clamp(0, image.shape[2] - 1)
-    part = image[:, rows][:, :, columns].float() / 255
-    warped: Tensor = F.resize(part, [side, side], antialias=True)
-    return warped.clamp(0, 1)
 
 
 def _again_and_again(indices: Sequence[int]) -> Iterator[int]:

@@ -722,6 +722,8 @@ def _is_weight(out_axis: frozenset[tuple[str, int]], in_axis: frozenset[tuple[st
 
 def _equal_parts(call: _Call, x: Tensor, labels: Tensor) -> list[Tensor]:
     """The parts of a split or a slice that takes one of several equal parts of a tensor; none for any other operation."""
+    if call.name not in ("slice", "split", "split_with_sizes"):
+        return []
     dim = call.bound.get("dim", 0)
     extents = {tensor.shape[dim] for tensor in call.outputs}
     size = call.first.shape[dim]
@@ -729,7 +731,7 @@ def _equal_parts(call: _Call, x: Tensor, labels: Tensor) -> list[Tensor]:
         return []
     if call.name == "slice" and (call.bound.get("step", 1) != 1 or (call.bound.get("start") or 0) % size):
         return []
-    return list(labels.split(size, dim)) if call.name in ("slice", "split", "split_with_sizes") else []
+    return list(labels.split(size, dim))
 
 
 def _stretched(tensor: Tensor, dim: int) -> bool:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.experiments.pedestrian_students import compared
+
 
 def run(root, experiment, arguments):
     """What an experiment prints."""
@@ -194,3 +196,44 @@ def test_jpeg_tables_are_compared_and_a_run_goes_on(root, tmp_path):
     assert "| squared_error | 1 |" in first
     assert (tmp_path / "f.png").stat().st_size > 1000
     assert (tmp_path / "f_picture.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_students_of_patches_are_compared_and_go_on_where_they_were_stopped(root, tmp_path):
+    out, work = tmp_path / "p.json", tmp_path / "work"
+    small = ["--seeds", "0", "1", "--students", "small", "--arms", "direct", "hint + confidence", "--side", "32", "--epochs", "1"]
+    small += ["--batches", "3", "--passes", "70", "--streets", "8", "--proposer_epochs", "1", "--resources", "small"]
+    small += ["--resources_side", "64", "--work", str(work), "--data", str(tmp_path), "--out", str(out.with_suffix(""))]
+    shown = run(root, "pedestrian_students", small)
+    runs = json.loads(out.read_text())
+    arms = [(one["inputs"], one["arm"]) for one in runs if one.get("seed") == 1]
+    assert arms == [("rgb", "teacher"), *((inputs, arm) for inputs in ("rgb", "acf") for arm in ("direct", "hint + confidence"))]
+    assert all(0 <= one["streets"] <= 1 for one in runs if "arm" in one)
+    assert [one["resources"] for one in runs if "resources" in one] == ["identity", "small"]
+    assert "| small | rgb | 158,626 | direct |" in shown
+    assert "| small (acf) | hint + confidence |" in shown
+    for picture in ("logits", "filters"):
+        assert (tmp_path / f"p_{picture}.png").stat().st_size > 1000
+
+    stopped = [one for one in runs if one.get("seed") != 1 or one["arm"] == "teacher"]
+    out.write_text(json.dumps(stopped))
+    again = run(root, "pedestrian_students", small)
+    assert [line for line in again.splitlines() if line.startswith("seed")] == [
+        line for line in shown.splitlines() if line.startswith("seed 1, small")
+    ]
+
+
+def test_a_difference_of_students_is_judged_by_seeds_that_have_both():
+    """By hand: differences of -2, -3 and -4 percentage points, deviation 1, Student's t of 4.303 for two degrees of freedom."""
+    one, other = ("small", "rgb", "hint"), ("small", "rgb", "direct")
+    runs = [
+        {"seed": seed, "student": "small", "inputs": "rgb", "arm": arm, "streets": rate}
+        for seed, rates in enumerate([(0.28, 0.30), (0.27, 0.30), (0.26, 0.30), (0.90, None)])
+        for arm, rate in zip(("hint", "direct"), rates, strict=True)
+        if rate is not None
+    ]
+    reach = 4.303 / 3**0.5
+    assert compared(runs, "streets", one, other) == f"-3.0 ± {reach:.1f}: confirmed"
+    assert compared(runs, "streets", other, one) == f"+3.0 ± {reach:.1f}: refuted"
+    assert compared(runs[:4], "streets", one, other).endswith("open")
+    assert compared(runs, "photographs", one, other) == ""

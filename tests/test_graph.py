@@ -380,6 +380,9 @@ CASES = {
         free=("a", "b"),
     ),
     "written to channels": Case(after(lambda m, x: write(x, 0, slice(None), 1)), whole={"a": r"by their position \(select"}),
+    "a channel picked from the last dimension": Case(
+        after(lambda m, x: x * x.mean((2, 3))[:, 1].view(-1, 1, 1, 1)), whole={"a": r"by their position \(select"}
+    ),
     "written into zeros": Case(
         after(lambda m, x: write(x.new_zeros(len(x), 6, 6, 6), x, slice(None), slice(1, 5)), 6),
         whole={"a": r"fixed size in the forward \(copy_"},

@@ -22,10 +22,10 @@ from lit_compress.datamodules import (
 )
 from lit_compress.datamodules import street_scenes as streets
 from lit_compress.datamodules.pedestrian_images import SPLITS, PedestrianImages, mirrored
-from lit_compress.datamodules.pedestrian_patches import OneToThree, warp
+from lit_compress.datamodules.pedestrian_patches import OneToThree
 from lit_compress.datamodules.penn_fudan import read_penn_fudan
 from lit_compress.metrics import LogAverageMissRate
-from lit_compress.pedestrians import SUBSETS, Annotations, Detections, write_results
+from lit_compress.pedestrians import SUBSETS, Annotations, Detections, warp, write_results
 from tests.caltech_files import picture, write_seq, write_vbb
 
 PERSON = ("person", 1, [[11, 6, 10, 30]] * 60, [[0] * 4] * 30 + [[11, 6, 10, 15]] * 30)

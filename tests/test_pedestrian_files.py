@@ -5,6 +5,7 @@ import pickle
 import re
 import struct
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from lit_compress.cli import main
 from lit_compress.pedestrians import read_detections, read_truths, read_vbb, write_results
 from lit_compress.pedestrians.annotations import Annotations, Detections, Frame, scenes_of
-from lit_compress.pedestrians.formats import at_interval
+from lit_compress.pedestrians.formats import Truths, at_interval
 from lit_compress.pedestrians.results import read_results
 from lit_compress.pedestrians.video import SeqVideo
 from tests.caltech_files import encoded, picture, vbb_text, write_seq, write_vbb
@@ -496,3 +497,23 @@ def test_score_says_what_is_wrong(tmp_path, capsys):
         main(["score", "--gt", str(truths), "--dt", str(tmp_path / "dt"), "--skip-damaged", "--subset", "occlusion_heavy"])
     assert any("V000.vbb" in str(one.message) for one in caught)
     assert re.search(r"occlusion_heavy\W+2\W+50\.0000", capsys.readouterr().out)
+
+
+def test_results_by_the_name_of_images_are_read_as_they_were_written(tmp_path):
+    found = {"a photo": Detections.of([[1.5, 2, 3, 4, 0.25]]), "none": Detections.of([])}
+    write_results(tmp_path / "boxes.json", found)
+    again = read_results(tmp_path / "boxes.json")
+    assert again.keys() == found.keys()
+    assert again["a photo"].boxes.tolist() == [[1.5, 2.0, 3.0, 4.0]]
+    assert again["a photo"].scores.tolist() == [0.25]
+    assert again["none"].boxes.shape == (0, 4)
+    truths = Truths(annotations={name: Annotations.of([[1, 2, 3, 4]]) for name in found}, files={}, ids={})
+    assert read_detections(tmp_path / "boxes.json", truths).keys() == found.keys()
+    with pytest.raises(ValueError, match=r"boxes.json: 1 images have no annotations; the first is 'none'"):
+        read_detections(tmp_path / "boxes.json", replace(truths, annotations={"a photo": Annotations.of([])}))
+    (tmp_path / "boxes.json").write_text('{"a": [[1, 2, 3]]}')
+    with pytest.raises(ValueError, match=r"boxes.json, image 'a': expected rows of 5 numbers"):
+        read_results(tmp_path / "boxes.json")
+    (tmp_path / "boxes.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no detections by the name"):
+        read_results(tmp_path / "boxes.json")

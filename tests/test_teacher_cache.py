@@ -323,3 +323,6 @@ def test_the_digits_configs_train_a_teacher_and_a_student_from_its_cache(tmp_pat
     assert {"train/knowledge_distillation", "train/attention_transfer/features.relu2"} <= set(
         figures.read_text().splitlines()[0].split(",")
     )
+    (checkpoint,) = (tmp_path / "lit_compress_runs" / "distill_digits").rglob("*.ckpt")
+    main(["test", "--config", str(ROOT / "configs" / "distill_digits.yaml"), *short, "--ckpt_path", str(checkpoint)])
+    assert "test/accuracy" in capsys.readouterr().out

@@ -52,13 +52,15 @@ def fit(
     epochs: int,
     callbacks: Sequence[pl.Callback] = (),
     folder: Path | None = None,
+    accelerator: str = "cpu",
+    clip: float | None = None,
 ) -> None:
-    """Train on the CPU, in silence and without validation."""
+    """Train in silence and without validation; ``clip`` is the norm that gradients may have."""
     module.train()  # Lightning leaves a network that was tested before in evaluation mode
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0, callbacks=list(callbacks),
-        default_root_dir=folder,
+        max_epochs=epochs, accelerator=accelerator, devices=1, gradient_clip_val=clip, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        callbacks=list(callbacks), default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
 

@@ -71,16 +71,22 @@ def assign_anchors(
 
 
 def sample_anchors(
-    labels: Tensor, *, positives: int = 20, negatives: int = 100, generator: torch.Generator | None = None
+    labels: Tensor,
+    *,
+    positives: int = 20,
+    negatives: int = 100,
+    balanced: bool = True,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Weights of anchors in a loss: some positives and some negatives, drawn at random, the others 0.
 
-    Positives weigh as much together as if there were ``positives`` of them, however few there are; a negative weighs 1.
+    A negative weighs 1, and so does a positive unless it is one of few.
 
     Args:
         labels: ``(A,)``, as :func:`assign_anchors` gives them.
         positives: How many positives at most.
         negatives: How many negatives at most.
+        balanced: Whether positives weigh as much together as if there were ``positives`` of them, however few there are.
         generator: What draws, on the device of the labels; torch's global RNG if None.
 
     Returns:
@@ -101,5 +107,5 @@ def sample_anchors(
     for label, count in ((POSITIVE, positives), (NEGATIVE, negatives)):
         found = (labels == label).nonzero().flatten()
         drawn = found[torch.randperm(len(found), generator=generator, device=labels.device)[:count]]
-        weights[drawn] = positives / max(len(drawn), 1) if label == POSITIVE else 1.0
+        weights[drawn] = positives / max(len(drawn), 1) if balanced and label == POSITIVE else 1.0
     return weights

@@ -97,9 +97,9 @@ class WideResNet(nn.Module):
         if width < 1:
             raise ValueError(f"Argument `width` must be at least 1 but got {width}.")
         self.conv = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False)
-        self.stage1 = _stage(blocks, 16, 16 * width, 1, block)
-        self.stage2 = _stage(blocks, 16 * width, 32 * width, 2, block)
-        self.stage3 = _stage(blocks, 32 * width, 64 * width, 2, block)
+        self.stage1 = preact_stage(blocks, 16, 16 * width, 1, block)
+        self.stage2 = preact_stage(blocks, 16 * width, 32 * width, 2, block)
+        self.stage3 = preact_stage(blocks, 32 * width, 64 * width, 2, block)
         self.norm = nn.BatchNorm2d(64 * width)
         self.relu = nn.ReLU()
         self.fc = nn.Linear(64 * width, num_classes)
@@ -124,6 +124,7 @@ def wide_resnet50_2(num_classes: int = 1000, **options: Any) -> nn.Module:
     return network
 
 
-def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, block: str) -> nn.Sequential:
+def preact_stage(blocks: int, in_channels: int, out_channels: int, stride: int, block: str) -> nn.Sequential:
+    """Blocks of one width one after the other, of which the first has the stride."""
     first = PreActBlock(in_channels, out_channels, stride, block)
     return nn.Sequential(first, *(PreActBlock(out_channels, out_channels, 1, block) for _ in range(blocks - 1)))

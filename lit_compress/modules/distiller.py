@@ -103,7 +103,9 @@ class LitDistiller(PrunableMixin, LightningModule):
         self.student = student
         self.terms = nn.ModuleList(terms)
         self.teacher = teacher_for(teacher, terms)
-        self.save_hyperparameters("scheduler_interval")
+        # By what is left out: named, they would lose the class that Lightning's command line adds.
+        objects = ["teacher", "student", "losses", "optimizer", "scheduler", "metrics"]
+        self.save_hyperparameters(ignore=[*objects, "teacher_weights", "student_weights", "copy_from_teacher"])
         kind = type(teacher)
         self.teacher_origin = {
             "class": f"{kind.__module__}.{kind.__qualname__}",

@@ -23,7 +23,11 @@ def check_interval(interval: str) -> None:
 
 
 def optimization(
-    parameters: Iterator[Parameter], optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None, interval: Interval
+    parameters: Iterator[Parameter],
+    optimizer: OptimizerCallable,
+    scheduler: LRSchedulerCallable | None,
+    interval: Interval,
+    monitor: str = "val/loss",
 ) -> OptimizerLRScheduler:
     """What ``configure_optimizers`` returns.
 
@@ -31,8 +35,9 @@ def optimization(
         parameters: To train.
         optimizer: From parameters to an optimizer.
         scheduler: From the optimizer to a learning rate schedule, or None. ``ReduceLROnPlateau`` follows its own ``monitor`` if
-            it has one, as Lightning's does, and otherwise ``val/loss``.
+            it has one, as Lightning's does, and otherwise ``monitor``.
         interval: Whether the schedule steps after every epoch or every optimizer step.
+        monitor: What the module logs and a schedule may follow.
     """
     configured = optimizer(parameters)
     if scheduler is None:
@@ -41,6 +46,6 @@ def optimization(
     settings: Any = {
         "scheduler": schedule,
         "interval": interval,
-        "monitor": getattr(schedule, "monitor", "val/loss"),  # read by ReduceLROnPlateau alone
+        "monitor": getattr(schedule, "monitor", monitor),  # read by ReduceLROnPlateau alone
     }
     return {"optimizer": configured, "lr_scheduler": settings}

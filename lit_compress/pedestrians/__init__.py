@@ -6,7 +6,8 @@ files count pixels from 1: readers and writers convert, nothing else needs to kn
 
 from lit_compress.pedestrians.annotations import Annotations, Detections, Frame, scenes_of
 from lit_compress.pedestrians.formats import Truths, read_detections, read_truths
-from lit_compress.pedestrians.pictures import plot_miss_rates
+from lit_compress.pedestrians.patches import rescore, warp
+from lit_compress.pedestrians.pictures import plot_detections, plot_miss_rates
 from lit_compress.pedestrians.protocol import MissRateCurve, Scenes, evaluate
 from lit_compress.pedestrians.results import read_results, write_results
 from lit_compress.pedestrians.subsets import SUBSETS, Subset
@@ -24,11 +25,14 @@ __all__ = [
     "Subset",
     "Truths",
     "evaluate",
+    "plot_detections",
     "plot_miss_rates",
     "read_detections",
     "read_results",
     "read_truths",
     "read_vbb",
+    "rescore",
     "scenes_of",
+    "warp",
     "write_results",
 ]

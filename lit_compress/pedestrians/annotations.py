@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -170,3 +172,18 @@ def numbers(values: Any, columns: int, where: str) -> Floats:
     if not np.isfinite(rows).all():
         raise ValueError(f"{where}: expected finite numbers but got {str(values)[:80]}.")
     return rows
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: If it is none; the error names the file.
+        FileNotFoundError: If there is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} is no JSON, or is damaged ({error}).") from None

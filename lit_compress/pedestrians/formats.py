@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lit_compress.pedestrians.annotations import (
     Detections,
     Frame,
     numbers,
+    read_json,
     refuse_or_skip,
 )
 from lit_compress.pedestrians.results import read_results
@@ -73,7 +73,7 @@ def read_truths(
     if path.suffix == ".mat":
         truths = _marked(path, frames)
     else:
-        content = _json(path)
+        content = read_json(path)
         if isinstance(content, dict) and "annotations" in content and "images" in content:
             truths = _coco(content, path, from_one)
         elif isinstance(content, dict) and content and all(Frame.of(f"{name}_V000_0") for name in content):
@@ -92,11 +92,11 @@ def read_detections(
     """Detections of a folder or a file.
 
     Args:
-        path: A folder as :func:`~lit_compress.pedestrians.results.read_results` reads it; a ``.json`` list of
-            ``{"image_id", "bbox", "score"}``, as COCO's; or a ``.mat`` with cells ``dt`` of rows ``[x y w h score]``.
+        path: A folder or a ``.json`` by name as :func:`~lit_compress.pedestrians.results.read_results` reads them; a ``.json``
+            list of ``{"image_id", "bbox", "score"}``, as COCO's; or a ``.mat`` with cells ``dt`` of rows ``[x y w h score]``.
         truths: Annotations of the same images.
         damaged: As in :func:`read_truths`.
-        from_one: Whether a JSON counts pixels from 1.
+        from_one: Whether a JSON as COCO's counts pixels from 1.
 
     Raises:
         ValueError: If a file is damaged, or names an image that has no annotations.
@@ -113,7 +113,12 @@ def read_detections(
                 f"not with {len(truths.annotations)} images by name."
             )
         return {name: Detections(rows[:, :4] - (1, 1, 0, 0), rows[:, 4]) for name, rows in cells.items()}
-    content = _json(path)
+    content = read_json(path)
+    if isinstance(content, dict):
+        named = read_results(path)
+        if unknown := sorted(named.keys() - truths.annotations.keys()):
+            raise ValueError(f"{path}: {len(unknown)} images have no annotations; the first is {unknown[0]!r}.")
+        return named
     if not isinstance(content, list):
         raise ValueError(f"{path} is no list of detections, as COCO's are.")
     rows: dict[str, list[Any]] = {name: [] for name in truths.ids.values()}
@@ -208,15 +213,6 @@ def _visible(one: Mapping[str, Any], box: Any) -> Any:
     if "vis_bbox" in one:
         return one["vis_bbox"]
     return box * (1, 1, one["vis_ratio"], 1) if "vis_ratio" in one else (0, 0, 0, 0)
-
-
-def _json(path: Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"There is no {path}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{path} is no JSON, or is damaged ({error}).") from None
 
 
 def _cells(path: Path, variable: str) -> dict[str, Any]:

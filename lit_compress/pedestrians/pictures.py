@@ -1,15 +1,18 @@
-"""Miss rate against false positives per image, as the field draws it."""
+"""Miss rate against false positives per image, as the field draws it, and what a detector sees in images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any, cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter, PercentFormatter
+from torch import Tensor
 
-from lit_compress.pedestrians.protocol import REFERENCE_FPPI, MissRateCurve
+from lit_compress.pedestrians.protocol import PERSON, REFERENCE_FPPI, MissRateCurve
 
 
 def plot_miss_rates(curves: Mapping[str, MissRateCurve], axes: Axes | None = None) -> Figure:
@@ -43,3 +46,38 @@ def plot_miss_rates(curves: Mapping[str, MissRateCurve], axes: Axes | None = Non
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower left", title="log-average miss rate", title_fontsize="small")
     return cast(Figure, axes.figure)
+
+
+def plot_detections(
+    images: Sequence[Tensor], detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]], least: float = 0.3
+) -> Figure:
+    """Draw images with what was detected in them (red, with its score) and what is there (green; grey for ignore regions).
+
+    Args:
+        images: ``(3, H, W)`` in [0, 1].
+        detections: ``boxes`` ``(n, 4)`` and ``scores`` ``(n,)`` of each.
+        targets: ``boxes`` ``(m, 4)`` of each, and ``labels`` and ``ignore`` if there are any.
+        least: Detections of a lower score are left out.
+    """
+    columns = min(len(images), 4)
+    rows = ceil(len(images) / columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels:
+        panel.axis("off")
+    for panel, image, found, target in zip(panels, images, detections, targets, strict=False):  # the last row may not be full
+        panel.imshow(image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        count = len(target["boxes"])
+        labels, ignore = target.get("labels", [PERSON] * count), target.get("ignore", [False] * count)
+        for box, label, ignored in zip(target["boxes"].tolist(), labels, ignore, strict=True):
+            _frame(panel, box, "#999999" if ignored or label != PERSON else "#00C853")
+        for box, score in zip(found["boxes"].tolist(), found["scores"].tolist(), strict=True):
+            if score >= least:
+                _frame(panel, box, "#E53935")
+                panel.text(box[0], box[1] - 1, f"{score:.2f}", color="#E53935", fontsize="x-small", clip_on=True)
+    return figure
+
+
+def _frame(panel: Axes, box: Sequence[float], colour: str) -> None:
+    left, top, right, bottom = box
+    panel.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5))

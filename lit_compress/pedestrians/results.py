@@ -1,31 +1,38 @@
-"""Detections in the text files that Caltech's evaluation reads, and writing them."""
+"""Detections in the text files that Caltech's evaluation reads or in one JSON by name, and writing them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from lit_compress.pedestrians.annotations import FROM_ONE, Damaged, Detections, Frame, numbers, refuse_or_skip
+from lit_compress.pedestrians.annotations import FROM_ONE, Damaged, Detections, Frame, numbers, read_json, refuse_or_skip
 from lit_compress.pedestrians.protocol import Floats
 
 
-def read_results(folder: str | Path, damaged: Damaged = "raise") -> dict[str, Detections]:
+def read_results(path: str | Path, damaged: Damaged = "raise") -> dict[str, Detections]:
     """Detections of a folder of ``setNN/VNNN.txt`` with rows ``frame,x,y,w,h,score``, or ``setNN/VNNN/I00029.txt`` without frame.
 
+    For images that are no frames of Caltech's, a ``.json`` of ``{name: [[x, y, width, height, score], …]}``, which counts pixels
+    from 0.
+
     Args:
-        folder: The folder.
+        path: The folder, or the ``.json``.
         damaged: ``"raise"``, or ``"skip"`` to leave out, with a warning, the files that cannot be read.
 
     Returns:
-        Name of each frame that has a row, as in :class:`~lit_compress.pedestrians.annotations.Frame`, to its detections.
+        Name of each frame that has a row, as in :class:`~lit_compress.pedestrians.annotations.Frame`, to its detections; of a
+        ``.json``, of each image that it names.
 
     Raises:
-        ValueError: If a file is damaged; the error names it and the line.
+        ValueError: If a file is damaged; the error names it, and the line or the image.
         FileNotFoundError: If there are no such files.
     """
-    folder = Path(folder)
+    folder = Path(path)
+    if folder.suffix == ".json":
+        return _by_name(folder)
     files = sorted([*folder.glob("set[0-9][0-9]/V[0-9][0-9][0-9].txt"), *folder.glob("set[0-9][0-9]/V[0-9][0-9][0-9]/I*.txt")])
     if not files:
         raise FileNotFoundError(f"There are no files setNN/VNNN.txt or setNN/VNNN/INNNNN.txt in {folder}.")
@@ -51,27 +58,40 @@ def read_results(folder: str | Path, damaged: Damaged = "raise") -> dict[str, De
     return found
 
 
-def write_results(folder: str | Path, detections: Mapping[str, Detections]) -> None:
+def write_results(path: str | Path, detections: Mapping[str, Detections]) -> None:
     """Write detections as ``setNN/VNNN.txt``, which Caltech's evaluation reads; a video without any gets an empty file.
 
     Args:
-        folder: Where; it is made if need be, and files of the same videos are replaced.
-        detections: Names of Caltech's frames to their detections.
+        path: The folder; it is made if need be, and files of the same videos are replaced. Or a ``.json``, for images of any
+            name.
+        detections: Names of Caltech's frames, or of images, to their detections.
 
     Raises:
         ValueError: If a name is not that of a frame.
     """
+    folder = Path(path)
+    if folder.suffix == ".json":
+        rows_of = {name: np.column_stack([found.boxes, found.scores]).tolist() for name, found in detections.items()}
+        folder.write_text(json.dumps(rows_of), encoding="utf-8")
+        return
     videos: dict[Path, list[str]] = {}
     for name in sorted(detections):
         frame = Frame.of(name)
         if frame is None:
             raise ValueError(f"Expected names of Caltech's frames, as set06_V000_I00029, but got {name!r}.")
-        rows = videos.setdefault(Path(folder) / frame.set / f"{frame.video}.txt", [])
+        rows = videos.setdefault(folder / frame.set / f"{frame.video}.txt", [])
         for box, score in zip(detections[name].boxes + FROM_ONE, detections[name].scores, strict=True):
             rows.append(",".join([str(frame.number + 1), *(repr(float(number)) for number in (*box, score))]))
     for file, rows in videos.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(f"{row}\n" for row in rows), encoding="ascii")
+
+
+def _by_name(file: Path) -> dict[str, Detections]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no detections by the name of their image: {{name: [[x, y, width, height, score], …]}}.")
+    return {name: Detections.of(numbers(rows, 5, f"{file}, image {name!r}")) for name, rows in content.items()}
 
 
 def _rows(file: Path, columns: int) -> Floats:
