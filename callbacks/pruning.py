@@ -336,7 +336,8 @@ class PruningCallback(Callback, ABC):
         known = {name for report in reports for name in report.before.metrics}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | self._final
         final = over_ranks({name: value for name, value in metrics.items() if name in known})
-        write_summary(trainer, reports, final)
+        if self.schedule.cuts:  # perhaps all put back since
+            write_summary(trainer, reports, final)
         if self.reports:
             self.reports[-1].finish(trainer, self.reports, final)
 
