@@ -19,20 +19,21 @@ from lit_compress import compiled
 from lit_compress.taps import Taps
 
 _ACTIVATIONS = frozenset(
-    "relu hardtanh hardswish hardsigmoid silu gelu elu celu selu leaky_relu _prelu_kernel sigmoid tanh softplus mish".split()
-)
+    {
+        "_prelu_kernel", "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "selu",
+        "sigmoid", "silu", "softplus", "tanh",
+    }
+)  # fmt: skip
+_COPIES = frozenset({"_to_copy", "alias", "clone", "detach"})
 # What gives a map again, with another scale for each channel or each sample at most.
-_PLAIN = frozenset(
-    """
-    _batch_norm_with_update _native_batch_norm_legit _native_batch_norm_legit_no_training _to_copy alias clone cudnn_batch_norm
-    detach miopen_batch_norm native_batch_norm native_dropout native_group_norm native_layer_norm
-    """.split()
-)
+_PLAIN = _COPIES | {
+    "_batch_norm_with_update", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "miopen_batch_norm", "native_batch_norm", "native_dropout", "native_group_norm", "native_layer_norm",
+}  # fmt: skip
 _JOINS = frozenset({"add", "sub", "mul", "div"})
 _POOLS: dict[str, Literal["max pool", "average pool"]] = {
     "max_pool2d_with_indices": "max pool", "_mps_max_pool2d": "max pool", "avg_pool2d": "average pool"
 }  # fmt: skip
-_COPIES = frozenset({"_to_copy", "alias", "clone", "detach"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,9 @@ def follow(network: nn.Module, layers: Sequence[str], run: Callable[[], object])
 
     def give(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if name in watch.marks:
-            raise ValueError(f"Layer {name!r} runs more than once in a forward, so that its name does not say which output is meant.")
+            raise ValueError(
+                f"Layer {name!r} runs more than once in a forward, so that its name does not say which output is meant."
+            )
         watch.marks[name] = watch.number_of(output, name)
 
     with ExitStack() as stack:
@@ -243,11 +246,15 @@ class _Watch(TorchDispatchMode):
 
     def number_of(self, output: Any, layer: str) -> int:
         if not isinstance(output, Tensor):
-            raise ValueError(f"Layer {layer!r} gives or takes a {type(output).__name__}, and only a map can be reconstructed: name a "
-                             "layer inside it instead.")  # fmt: skip
+            raise ValueError(
+                f"Layer {layer!r} gives or takes a {type(output).__name__}, and only a map can be reconstructed: name a layer "
+                "inside it instead."
+            )
         if output.ndim != 4 or output not in self._numbers:
-            raise ValueError(f"Layer {layer!r} gives or takes a tensor of shape {tuple(output.shape)} that is no map (N, C, H, W) of a "
-                             "convolution.")  # fmt: skip
+            raise ValueError(
+                f"Layer {layer!r} gives or takes a tensor of shape {tuple(output.shape)}, which is no map (N, C, H, W) of a "
+                "convolution."
+            )
         return int(self._numbers[output])
 
     def encoder(self, layers: Sequence[str]) -> Encoder:
@@ -273,7 +280,9 @@ class _Watch(TorchDispatchMode):
         return replace(step, kind="other", operation=why)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        taken = {one: self._numbers[one] for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one in self._numbers}
+        taken = {
+            one: self._numbers[one] for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one in self._numbers
+        }
         result = function(*args, **(kwargs or {}))
         # In place, the result is the very tensor that was taken, and from here on another map.
         name = function.overloadpacket.__name__.rstrip("_")
