@@ -30,7 +30,22 @@ _PLAIN = _COPIES | {
     "_batch_norm_with_update", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
     "miopen_batch_norm", "native_batch_norm", "native_dropout", "native_group_norm", "native_layer_norm",
 }  # fmt: skip
-_JOINS = frozenset({"add", "sub", "mul", "div"})
+_JOINS = frozenset({"add", "div", "mul", "sub"})
+# What takes a map for its shape alone, as dropout does for its noise.
+_SHAPES = frozenset(
+    {
+        "empty_like",
+        "full_like",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "rand_like",
+        "randn_like",
+        "zeros_like",
+    }
+)
 _POOLS: dict[str, Literal["max pool", "average pool"]] = {
     "max_pool2d_with_indices": "max pool", "_mps_max_pool2d": "max pool", "avg_pool2d": "average pool"
 }  # fmt: skip
@@ -148,14 +163,15 @@ class Encoder:
             if step.output in behind and step.output != first and inputs:
                 behind.update(inputs)
                 found.append(replace(step, inputs=inputs))
-        names = {number: name for name, number in reversed(self.marks.items())}
+        origin = next((name for name, number in self.marks.items() if number == first), first)
+        goal = next((name for name, number in reversed(self.marks.items()) if number == last), last)
         if first == last or last not in ahead:
-            raise ValueError(f"{names[last]!r} takes nothing that comes from {names[first]!r}: name layers in the order in which "
+            raise ValueError(f"{goal!r} takes nothing that comes from {origin!r}: name layers in the order in which "
                              "they run, each behind the one before.")  # fmt: skip
         for step in reversed(found):
             if step.kind == "other":
                 raise ValueError(
-                    f"Layer {step.path!r}, between {names[first]!r} and {names[last]!r}, cannot be mirrored: {step.operation}. "
+                    f"Layer {step.path!r}, between {origin!r} and {goal!r}, cannot be mirrored: {step.operation}. "
                     "Name layers with only convolutions, poolings by modules, norms, activations, dropout and skip connections "
                     "between them."
                 )
@@ -280,9 +296,8 @@ class _Watch(TorchDispatchMode):
         return replace(step, kind="other", operation=why)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        taken = {
-            one: self._numbers[one] for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one in self._numbers
-        }
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        taken = [(one, int(self._numbers[one])) for one in tensors if one in self._numbers]
         result = function(*args, **(kwargs or {}))
         # In place, the result is the very tensor that was taken, and from here on another map.
         name = function.overloadpacket.__name__.rstrip("_")
@@ -290,9 +305,10 @@ class _Watch(TorchDispatchMode):
         if outputs and name in _COPIES and args[0] in self._names:
             self._names[outputs[0]] = self._names[args[0]]
         if name == "convolution" and not taken and args[0].ndim == 4:
-            taken[args[0]] = self._numbers[args[0]] = self._new(Value(args[0].shape[1], (1, 1), None))
-            self._roots[taken[args[0]]] = self._path
-        if taken and outputs:
+            number = self._numbers[args[0]] = self._new(Value(args[0].shape[1], (1, 1), None))
+            self._roots[number] = self._path
+            taken = [(args[0], number)]
+        if taken and outputs and name not in _SHAPES:
             self._note(name, args, taken, outputs)
         return result
 
@@ -304,14 +320,14 @@ class _Watch(TorchDispatchMode):
         self.values.append(value)
         return len(self.values) - 1
 
-    def _note(self, name: str, args: Any, taken: dict[Tensor, int], outputs: Sequence[Tensor]) -> None:
-        output, whole = outputs[0], [one for one in taken if one.shape == outputs[0].shape]
-        narrow = all(one.shape[2:] == (1, 1) for one in taken if one.shape != output.shape)
+    def _note(self, name: str, args: Any, taken: Sequence[tuple[Tensor, int]], outputs: Sequence[Tensor]) -> None:
+        output, whole = outputs[0], [number for one, number in taken if one.shape == outputs[0].shape]
+        narrow = all(one.shape[2:] == (1, 1) for one, _ in taken if one.shape != output.shape)
         if (name in _PLAIN or (name in _JOINS and output.ndim == 4 and narrow)) and len(whole) == 1:
-            self._numbers[output] = taken[whole[0]]  # a norm, or with a scale or an offset for each channel at most
+            self._numbers[output] = whole[0]  # a norm, or with a scale or an offset for each channel at most
             return
-        value = self.values[next(iter(taken.values()))]
-        step = Step("other", tuple(taken.values()), -1, self._path, f"it calls {name}")
+        numbers = tuple(number for _, number in taken)
+        value, step = self.values[numbers[0]], Step("other", numbers, -1, self._path, f"it calls {name}")
         if name == "convolution" and output.ndim == 4 and not args[6] and len(taken) == 1:
             window = Window(*(_pair(args[place]) for place in (3, 4, 5)), kernel=_pair(args[1].shape[2:]))
             origin = self._names.get(args[1])

@@ -29,8 +29,8 @@ def follow_cut(autoencoders: Autoencoders, before: Plan | None, after: Plan | No
     for step in autoencoders.steps:
         if step.kind == "convolution" and step.weight is None:
             raise ValueError(
-                f"The weight of {step.path!r} is computed from others, so that its decoder cannot follow a cut. Prune in a run of "
-                "its own: nothing of the decoders is left in the detector."
+                f"The weight of {step.path!r} is computed from others, so that its decoder cannot follow a cut. Prune in a run "
+                "of its own: nothing of the decoders is left in the detector."
             )
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     parameters = dict(autoencoders.named_parameters())
