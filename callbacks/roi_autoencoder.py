@@ -25,7 +25,7 @@ from lit_compress.callbacks.ranks import over_ranks
 from lit_compress.callbacks.resume import RandomStates
 from lit_compress.callbacks.steps import training_error
 from lit_compress.detection.encoder import follow
-from lit_compress.detection.following import follow_cut
+from lit_compress.detection.following import fill, follow_cut
 from lit_compress.detection.masks import box_masks
 from lit_compress.detection.pictures import plot_reconstructions
 from lit_compress.detection.roi_autoencoder import END_TO_END, Autoencoders, EncoderTaps, Reading, Reconstruction
@@ -34,7 +34,6 @@ from lit_compress.losses.balancing import Balance, balance, mean_balance
 from lit_compress.losses.reconstruction import roi_reconstruction
 from lit_compress.plan import Plan, plan_of
 from lit_compress.ranks import as_one, share, world_size
-from lit_compress.statistics.gather import first_samples
 from lit_compress.taps import Taps
 
 NAME = "roiae"
@@ -50,10 +49,10 @@ class RoIAutoencoder(Callback):
     mirrors what lies between, and the first from the last through all decoders in a row. The distance, summed over the positions
     inside of any box, is added to the loss of the module, as ``train/roiae/<layer>`` and ``train/roiae/end_to_end``.
 
-    Decoders are made right before the first batch, from a run of ``training_step`` on two of its samples that leaves no trace.
-    They belong to the callback: module, checkpoints' ``state_dict`` and optimizer never hold them. They are trained by an
-    optimizer like the module's own, with its options at every step (learning rate, momentum, weight decay), and their gradients
-    are averaged over ranks. A resumed run goes on with them, bit for bit. They follow the cuts of a pruning callback.
+    Decoders are made right before the first batch, from a run of ``training_step`` on it that leaves no trace. They belong to the
+    callback: module, checkpoints' ``state_dict`` and the module's optimizer never hold them. They are trained by an optimizer
+    like the module's own, with its options at every step (learning rate, momentum, weight decay), and their gradients are
+    averaged over ranks. A resumed run goes on with them, bit for bit. They follow the cuts of a pruning callback.
 
     Args:
         layers: Names of two layers or more, as ``["net.backbone.body.layer2", "net.backbone.body.layer3"]``. What they give is
@@ -208,6 +207,10 @@ class RoIAutoencoder(Callback):
             if self.autoencoders is None:
                 self.autoencoders = self._made(trainer, pl_module, batch)
                 self._plan = plan_of(pl_module)
+                if self._resumed is not None:  # perhaps from before a cut that was made since
+                    fill(self.autoencoders, self._resumed["decoders"])
+                    plan = self._resumed["plan"]
+                    self._plan = None if plan is None else Plan.from_dict(plan)
             if self.own_optimizer is None:
                 self.own_optimizer = self._own_optimizer(trainer, pl_module, self.autoencoders)
                 self._resumed = None
@@ -246,7 +249,8 @@ class RoIAutoencoder(Callback):
     def state_dict(self) -> dict[str, Any]:
         held, decoders = self._resumed, self.autoencoders
         if decoders is not None and self.own_optimizer is not None:
-            held = {"decoders": decoders.state_dict(), "optimizer": self.own_optimizer.state_dict()}
+            plan = None if self._plan is None else self._plan.to_dict()
+            held = {"decoders": decoders.state_dict(), "optimizer": self.own_optimizer.state_dict(), "plan": plan}
         balances = [{"own": one.own, "terms": dict(one.terms)} for one in self.balances]
         return {"held": held, "balances": balances, "rng": self._random_states.state_dict()}
 
@@ -265,21 +269,20 @@ class RoIAutoencoder(Callback):
 
     def _made(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Autoencoders:
         """Decoders for the network as it is, the same on all ranks; they draw no random numbers that anyone else sees."""
-        example = deepcopy(first_samples(batch))  # a step may change its batch in place, and this one is still to be trained on
+        example = deepcopy(batch)  # a step may change its batch in place, and this one is still to be trained on
 
         def run() -> None:
             share(None)  # norms that sync over ranks talk to the others
             if (error := training_error(trainer, pl_module, example)) is not None:
-                raise error
+                raise MisconfigurationException(
+                    f"RoIAutoencoder runs `training_step` once, to see what lies between the layers, and it fails: {error}"
+                ) from error
 
         with as_one(), rng.isolated():
             encoder = follow(pl_module, self.layers, run)
             torch.manual_seed(share(torch.initial_seed())[0])
             like = next(pl_module.parameters())
-            autoencoders = Autoencoders(encoder, self.dropout).to(like.device, like.dtype)
-            if self._resumed is not None:
-                autoencoders.load_state_dict(self._resumed["decoders"])
-        return autoencoders
+            return Autoencoders(encoder, self.dropout).to(like.device, like.dtype)
 
     def _own_optimizer(self, trainer: Trainer, pl_module: LightningModule, autoencoders: Autoencoders) -> Optimizer:
         parameters = list(autoencoders.parameters())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_compress.detection.roi_autoencoder import Autoencoders
 from lit_compress.plan import Plan
 from lit_compress.recipe import Recipe
-from lit_compress.slicing import cut_tensors
+from lit_compress.slicing import cut_tensors, fill_tensors
 
 
 def follow_cut(autoencoders: Autoencoders, before: Plan | None, after: Plan | None, optimizer: Optimizer) -> None:
@@ -46,6 +48,19 @@ def follow_cut(autoencoders: Autoencoders, before: Plan | None, after: Plan | No
     for layer in groups:
         layer.groups = layer.in_channels = layer.out_channels = layer.weight.shape[0]
     follow()
+
+
+def fill(autoencoders: Autoencoders, values: Mapping[str, Tensor]) -> None:
+    """Give the decoders the values of a state dict, and with them the sizes that the network had when it was written.
+
+    Args:
+        autoencoders: The decoders of the same network, cut or not.
+        values: All of their parameters, by name.
+    """
+    fill_tensors(autoencoders, values, {})
+    for layer in autoencoders.modules():
+        if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1 and layer.weight.shape[1] == 1:
+            layer.groups = layer.in_channels = layer.out_channels = layer.weight.shape[0]
 
 
 def _left(weight: str, dim: int, before: Plan | None, after: Plan | None) -> tuple[int, ...] | None:
