@@ -333,7 +333,7 @@ class RoIAutoencoder(Callback):
             for name, one in made.items():
                 target = one.target.detach() if self.detach_targets else one.target
                 values[name] = roi_reconstruction(one.made, target, masks.get(name)) / len(target)  # the mean over images
-            self._measure(module, own, values)
+            self._measure(module, own, values, masks)
         self._draw(made, masks)
         weights = self.weights
         return {name: weights[name] * value for name, value in values.items()}
@@ -354,18 +354,21 @@ class RoIAutoencoder(Callback):
             )
         return {name: box_masks(boxes, (one.target.shape[2], one.target.shape[3]), one.stride) for name, one in made.items()}
 
-    def _measure(self, module: LightningModule, own: Tensor, values: Mapping[str, Tensor]) -> None:
+    def _measure(self, module: LightningModule, own: Tensor, values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         """Note how hard each term pulls beside the module's own loss, in the first batches that show something; tell it."""
         shared = self._shared(module)
         if len(self.balances) >= (1 if self.balance is None else self.balance_batches):
             return
         if self.balance is None and not (shared and own.requires_grad):  # only to be told, and there is nothing to tell
             return
-        found = balance(own, values, shared)
-        named = over_ranks({name: norm for name, norm in found.terms.items() if norm > 0})
-        if not named:
+        norms: dict[str, float] = {}
+        if all(bool(mask.any()) for mask in masks.values()):  # otherwise there is nothing to see on this rank
+            measured = balance(own, values, shared)
+            norms = {"": measured.own} | {name: norm for name, norm in measured.terms.items() if norm > 0}
+        norms = over_ranks(norms)
+        if len(norms) < 2:
             return
-        found = Balance(over_ranks({"own": found.own})["own"], {name: named.get(name, 0.0) for name in values})
+        found = Balance(norms.pop(""), {name: norms.get(name, 0.0) for name in values})
         self.balances.append(found)
         if self._outlets is not None:
             weights = self.weights

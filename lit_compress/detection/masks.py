@@ -27,7 +27,7 @@ def box_masks(boxes: Sequence[Tensor], size: tuple[int, int], stride: tuple[floa
     Source: *Region of Interest Autoencoders* (T1), section 3.3.2.
 
     Example:
-        >>> box_masks([torch.tensor([[5.0, 0.0, 9.0, 4.0]])], size=(2, 4), stride=(4, 4)).int()
+        >>> box_masks([torch.tensor([[5.0, 0.0, 9.0, 4.0]])], size=(2, 4), stride=(4, 4)).long()
         tensor([[[[0, 1, 1, 0],
                   [0, 0, 0, 0]]]])
     """

@@ -30,8 +30,8 @@ class Balance:
             ValueError: If the share is not positive.
 
         Example:
-            >>> Balance(own=2.0, terms={"end_to_end": 1e6, "conv4": 0.0}).weights(share=0.1)
-            {'end_to_end': 2e-07, 'conv4': 0.0}
+            >>> Balance(own=2.0, terms={"end_to_end": 64.0, "conv4": 0.0}).weights(share=0.25)
+            {'end_to_end': 0.0078125, 'conv4': 0.0}
         """
         if share <= 0:
             raise ValueError(f"Argument `share` must be positive but got {share}.")
@@ -41,8 +41,8 @@ class Balance:
         """How long each term's gradient is beside that of the loss, with weights; infinite beside none.
 
         Example:
-            >>> Balance(own=2.0, terms={"end_to_end": 1e6}).shares({"end_to_end": 1e-7})
-            {'end_to_end': 0.05}
+            >>> Balance(own=2.0, terms={"end_to_end": 64.0}).shares({"end_to_end": 0.0078125})
+            {'end_to_end': 0.25}
         """
         weighted = {name: weights[name] * norm for name, norm in self.terms.items()}
         return {name: norm / self.own if self.own > 0 else float("inf") if norm else 0.0 for name, norm in weighted.items()}
@@ -63,9 +63,11 @@ def balance(loss: Tensor, terms: Mapping[str, Tensor], parameters: Iterable[Tens
 
     Example:
         >>> weight = torch.tensor([3.0, 4.0], requires_grad=True)
-        >>> found = balance(weight.square().sum(), {"sum": 1000 * weight.sum()}, [weight])
-        >>> found.own, round(found.terms["sum"]), found.weights(share=0.1)["sum"]  # of (6, 8) and of (1000, 1000)
-        (10.0, 1414, 0.0007071067811865475)
+        >>> found = balance(weight.square().sum(), {"first": 1000 * weight[0]}, [weight])
+        >>> found  # of the gradients (6, 8) and (1000, 0)
+        Balance(own=10.0, terms={'first': 1000.0})
+        >>> found.weights(share=0.5)
+        {'first': 0.005}
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
