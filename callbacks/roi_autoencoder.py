@@ -68,8 +68,8 @@ class RoIAutoencoder(Callback):
         detach_targets: Whether the layers learn only to be reconstructed from, and not to give maps that are easily
             reconstructed, such as zeros. With False, the gradient is that of the formula as printed.
         boxes: From module and batch to the boxes ``(m, 4)`` of each image (left, top, right, bottom) in pixels of what the
-            backbone gets. None: ``boxes`` of the targets, ignore regions included, which are scaled as torchvision's detectors
-            resize their images.
+            backbone gets. None: what a method ``roi_boxes(batch)`` of the module gives, if there is one; otherwise ``boxes`` of
+            the targets, ignore regions included, which are scaled as torchvision's detectors resize their images.
         optimizer: From the decoders' parameters to their optimizer. None: of the kind of the module's own.
         draw_every_n_epochs: Draw reconstructions of a batch of every n-th epoch, ``roiae/reconstructions``; None for none.
 
@@ -343,10 +343,13 @@ class RoIAutoencoder(Callback):
     ) -> dict[str, Tensor]:
         if not self.mask:
             return {}
-        if self.boxes is None:
-            boxes: Sequence[Tensor] = boxes_on_input(annotated(self._batch), resizings, reading.input_size)
-        else:
+        offered = getattr(module, "roi_boxes", None)
+        if self.boxes is not None:
             boxes = self.boxes(module, self._batch)
+        elif callable(offered):
+            boxes = offered(self._batch)
+        else:
+            boxes = boxes_on_input(annotated(self._batch), resizings, reading.input_size)
         images = len(next(iter(made.values())).target)
         if len(boxes) != images:
             raise ValueError(

@@ -496,6 +496,14 @@ def test_boxes_may_be_said(tmp_path):
     module = TinyDetector()
     fit(tmp_path, RoIAutoencoder(LAYERS, **FIXED), module=module, loader=squares(collate_fn=written))
     assert same(dict(said.state_dict()), dict(module.state_dict()))
+
+    class Offers(Odd):
+        def roi_boxes(self, batch):
+            return boxes(self, batch)
+
+    seed_everything(5, verbose=False)
+    offered, _ = fit(tmp_path, RoIAutoencoder(LAYERS, **FIXED), module=Offers(), loader=squares(collate_fn=odd))
+    assert same(dict(offered.state_dict()), dict(module.state_dict()))
     with pytest.raises(MisconfigurationException, match="Expected a batch of images and targets"):
         fit(tmp_path, RoIAutoencoder(LAYERS, **FIXED), module=Odd(), loader=squares(collate_fn=odd))
     with pytest.raises(MisconfigurationException, match="The backbone gets 3 images but there are boxes of 1"):
