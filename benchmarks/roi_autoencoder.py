@@ -101,8 +101,8 @@ def _compared(
         return stopwatch.per_step
 
     def roiae(mask: bool) -> RoIAutoencoder:
-        # Weights are looked for in the first batch only, which warms up.
-        return RoIAutoencoder(layers, balance=0.1, balance_batches=1, mask=mask, draw_every_n_epochs=None)
+        # Weights are looked for in the first batch only, which warms up; looking for them again costs a backward pass a term.
+        return RoIAutoencoder(layers, balance=0.1, balance_batches=1, balance_every=None, mask=mask, draw_every_n_epochs=None)
 
     training = interleaved(
         Candidate(PLAIN, lambda _: fit(PLAIN)),

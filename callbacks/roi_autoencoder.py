@@ -60,9 +60,12 @@ class RoIAutoencoder(Callback):
         intermediate: Weights of the reconstructions of each place from the next: one for all, or one each; 0 leaves one out. As
             those of the document they suit VGG-16 at 960×720 pixels; for anything else use ``balance``.
         end_to_end: Weight of the reconstruction of the first place from the last; 0 leaves it out.
-        balance: Find the weights in the first batches instead, so that each term's gradient on the shared layers is this many
-            times as long as that of the module's own loss; 0.1 is a place to begin. Terms of weight 0 stay out.
-        balance_batches: How many batches that show boxes the weights are the mean of. From then on they are fixed.
+        balance: Find the weights instead, so that each term's gradient on the shared layers is this many times as long as that of
+            the module's own loss; 0.1 is a place to begin. Terms of weight 0 stay out.
+        balance_batches: How many batches that show boxes the weights go by: the mean over the first so many, and then over the
+            last so many that were measured.
+        balance_every: Measure one batch in so many once those are over, since gradients change by orders of magnitude while
+            decoders learn. None: the weights are fixed from then on.
         mask: Whether only what lies in boxes counts. False gives the Stacked What-Where Autoencoder.
         dropout: Probability with which each number that enters a decoder is set to zero.
         detach_targets: Whether the layers learn only to be reconstructed from, and not to give maps that are easily
@@ -79,8 +82,9 @@ class RoIAutoencoder(Callback):
 
     Raises:
         MisconfigurationException: If a value is out of range. From the start of ``fit``: if the module optimizes manually, lacks
-            a layer, is sharded, or a pruning callback has ``max_drop`` or ``skips="pad"``, which decoders cannot follow. From the
-            first batch: if something between the layers cannot be mirrored (it is named), or the boxes are not found.
+            a layer, is sharded, has another of these callbacks, or a pruning callback has ``max_drop`` or ``skips="pad"``, which
+            decoders cannot follow. From the first batch: if something between the layers cannot be mirrored (it is named), a step
+            does not run them, or the boxes are not found.
 
     Source: *Region of Interest Autoencoders with an Application to Pedestrian Detection* (T1, chapter 3).
 
@@ -98,6 +102,7 @@ class RoIAutoencoder(Callback):
         end_to_end: float = 5e-7,
         balance: float | None = None,
         balance_batches: int = 20,
+        balance_every: int | None = 20,
         mask: bool = True,
         dropout: float = 0.5,
         detach_targets: bool = True,
@@ -123,6 +128,8 @@ class RoIAutoencoder(Callback):
             raise MisconfigurationException(f"Argument `balance` must be positive or None but got {balance}.")
         if balance_batches < 1:
             raise MisconfigurationException(f"Argument `balance_batches` must be at least 1 but got {balance_batches}.")
+        if balance_every is not None and balance_every < 1:
+            raise MisconfigurationException(f"Argument `balance_every` must be at least 1 or None but got {balance_every}.")
         if not 0 <= dropout < 1:
             raise MisconfigurationException(f"Argument `dropout` must lie in [0, 1) but got {dropout}.")
         if draw_every_n_epochs is not None and draw_every_n_epochs < 1:
@@ -130,6 +137,7 @@ class RoIAutoencoder(Callback):
                 f"Argument `draw_every_n_epochs` must be at least 1 or None but got {draw_every_n_epochs}."
             )
         self.balance, self.balance_batches, self.mask, self.dropout = balance, balance_batches, mask, dropout
+        self.balance_every = balance_every
         self.detach_targets, self.boxes, self.optimizer = detach_targets, boxes, optimizer
         self.draw_every_n_epochs = draw_every_n_epochs
         self._random_states = RandomStates(self)
@@ -139,7 +147,8 @@ class RoIAutoencoder(Callback):
         """Another run begins."""
         self.autoencoders: Autoencoders | None = None
         self.own_optimizer: Optimizer | None = None
-        self.balances: list[Balance] = []  # of the batches measured
+        self.balances: list[Balance] = []  # of the last batches measured
+        self._waited = 0  # batches since
         self._taps: EncoderTaps | None = None
         self._plan: Plan | None = None  # what was cut when the decoders were made, or last followed
         self._resumed: dict[str, Any] | None = None
@@ -177,6 +186,8 @@ class RoIAutoencoder(Callback):
                 f"RoIAutoencoder trains on one device or under DDP, but the Trainer uses {type(trainer.strategy).__name__}."
             )
         for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, RoIAutoencoder) and other is not self:
+                raise MisconfigurationException("There are two RoIAutoencoder. Name all layers in one.")
             if isinstance(other, PruningCallback) and (other.fallback is not None or other.skips == "pad"):
                 asked = "skips='pad'" if other.fallback is None else "max_drop"
                 raise MisconfigurationException(
@@ -252,13 +263,14 @@ class RoIAutoencoder(Callback):
             plan = None if self._plan is None else self._plan.to_dict()
             held = {"decoders": decoders.state_dict(), "optimizer": self.own_optimizer.state_dict(), "plan": plan}
         balances = [{"own": one.own, "terms": dict(one.terms)} for one in self.balances]
-        return {"held": held, "balances": balances, "rng": self._random_states.state_dict()}
+        return {"held": held, "balances": balances, "waited": self._waited, "rng": self._random_states.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict["held"]
         self.autoencoders = self.own_optimizer = self._taps = None
         self.balances = [Balance(one["own"], one["terms"]) for one in state_dict["balances"]]
+        self._waited = state_dict["waited"]
         self._random_states.load_state_dict(state_dict["rng"])
 
     def _leave(self, pl_module: LightningModule) -> None:
@@ -323,9 +335,14 @@ class RoIAutoencoder(Callback):
             yield reading, resizings
 
     def _loss(self, module: LightningModule, seen: Seen, own: Tensor) -> dict[str, Tensor]:
-        if seen is None or not seen[0].maps or self.autoencoders is None:
+        if seen is None or self.autoencoders is None:
             return {}
         reading, resizings = seen
+        if not reading.maps:
+            raise MisconfigurationException(
+                f"RoIAutoencoder: the training step does not run {self.layers[-1]!r}, or runs it as compiled code, where no hook "
+                "sees it. Compile nothing that holds it."
+            )
         made: dict[str, Reconstruction] = self.autoencoders(reading, self.terms)
         with _told():
             masks = self._masks(module, made, reading, resizings)
@@ -358,10 +375,11 @@ class RoIAutoencoder(Callback):
         return {name: box_masks(boxes, (one.target.shape[2], one.target.shape[3]), one.stride) for name, one in made.items()}
 
     def _measure(self, module: LightningModule, own: Tensor, values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Note how hard each term pulls beside the module's own loss, in the first batches that show something; tell it."""
-        shared = self._shared(module)
-        if len(self.balances) >= (1 if self.balance is None else self.balance_batches):
+        """Note, and tell, how hard each term pulls beside the module's own loss, if it is time to and the batch shows boxes."""
+        self._waited += 1
+        if not self._measures:
             return
+        shared = self._shared(module)
         if self.balance is None and not (shared and own.requires_grad):  # only to be told, and there is nothing to tell
             return
         norms: dict[str, float] = {}
@@ -372,11 +390,19 @@ class RoIAutoencoder(Callback):
         if len(norms) < 2:
             return
         found = Balance(norms.pop(""), {name: norms.get(name, 0.0) for name in values})
-        self.balances.append(found)
+        self.balances = [*self.balances, found][-self.balance_batches :]
+        self._waited = 0
         if self._outlets is not None:
             weights = self.weights
             self._outlets.values({f"{NAME}/weight/{name}": weight for name, weight in weights.items()})
             self._outlets.values({f"{NAME}/gradient_share/{name}": one for name, one in found.shares(weights).items()})
+
+    @property
+    def _measures(self) -> bool:
+        """Whether it is time to measure a batch."""
+        if len(self.balances) < (1 if self.balance is None else self.balance_batches):
+            return True
+        return self.balance is not None and self.balance_every is not None and self._waited >= self.balance_every
 
     def _draw(self, made: Mapping[str, Reconstruction], masks: Mapping[str, Tensor]) -> None:
         if not self._draws or self._outlets is None or not all(bool(mask.any()) for mask in masks.values()):

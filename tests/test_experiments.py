@@ -194,3 +194,20 @@ def test_jpeg_tables_are_compared_and_a_run_goes_on(root, tmp_path):
     assert "| squared_error | 1 |" in first
     assert (tmp_path / "f.png").stat().st_size > 1000
     assert (tmp_path / "f_picture.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_table_3_1_runs_on_drawn_streets_and_goes_on_where_it_was_stopped(root, tmp_path):
+    out = tmp_path / "r.json"
+    arguments = ["--seeds", "0", "--images", "8", "--steps", "4", "--test_images", "8", "--out", str(out.with_suffix(""))]
+    shown = run(root, "roi_autoencoder", arguments)
+    runs = json.loads(out.read_text())
+    assert [one["arm"] for one in runs] == ["baseline", "without BatchNorm", "SWWAE", "ROIAE"]
+    assert all(0 <= one[split] <= 1 for one in runs for split in ("train", "test"))
+    assert "| 8 | ROIAE | 0.1 |" in shown
+
+    out.write_text(json.dumps(runs[:-1]))  # stopped before the last
+    shown = run(root, "roi_autoencoder", arguments)
+    assert [line.partition("'arm': ")[2][:7] for line in shown.splitlines() if line.startswith("done")] == ["'ROIAE'"]
+    again = json.loads(out.read_text())
+    assert [{**one, "minutes": 0} for one in again] == [{**one, "minutes": 0} for one in runs]

@@ -1,6 +1,7 @@
 """The Region of Interest Autoencoder beside any detector: by the loss written out, resumed, cut, on ranks, and then gone."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_an_epoch_that_fails_leaves_nothing_either(tmp_path):
 def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(precision, tmp_path):
     """With dropout in detector and decoders, shuffling, clipping, and weights that are still being measured when it stops."""
     options = {"max_epochs": 3, "precision": precision, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
-    make = lambda: RoIAutoencoder(LAYERS, balance=0.3, balance_batches=6, **QUIET)  # noqa: E731
+    make = lambda: RoIAutoencoder(LAYERS, balance=0.3, balance_batches=4, balance_every=3, **QUIET)  # noqa: E731
     whole, stays = TinyDetector(dropout=0.2), make()
     whole, _ = fit(tmp_path, stays, every_epoch(tmp_path), module=whole, enable_checkpointing=True, **options)
     resumed, goes_on = TinyDetector(dropout=0.2), make()
@@ -167,7 +168,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(precision, tmp
     assert same(dict(whole.state_dict()), dict(resumed.state_dict()))
     assert same(dict(stays.autoencoders.state_dict()), dict(goes_on.autoencoders.state_dict()))
     assert stays.weights == goes_on.weights
-    assert len(stays.balances) == 6
+    assert len(stays.balances) == 4
 
 
 def test_the_middle_of_an_epoch_is_resumed_as_well(tmp_path):
@@ -268,17 +269,23 @@ def test_the_balance_gives_every_term_the_share_that_is_asked_for(tmp_path):
         assert (roiae.weights[name] * length(loss) / length(own)).item() == pytest.approx(0.3, rel=1e-4)
 
 
-def test_weights_are_fixed_after_the_batches_that_find_them(tmp_path):
-    roiae = RoIAutoencoder(LAYERS, balance=0.3, balance_batches=3, end_to_end=0.0, **QUIET)
+@pytest.mark.parametrize("every", [None, 2])
+def test_weights_go_by_the_first_batches_and_then_by_one_in_so_many(every, tmp_path):
+    """Four batches an epoch, each with boxes: three are measured, then every second one if that is asked for."""
+    roiae = RoIAutoencoder(LAYERS, balance=0.3, balance_batches=3, balance_every=every, end_to_end=0.0, **QUIET)
     seen = []
 
     class Notes(Callback):
         def on_train_batch_end(self, trainer, *_):
-            seen.append(dict(roiae.weights))
+            seen.append((dict(roiae.weights), list(roiae.balances)))
 
     fit(tmp_path, roiae, Notes())
-    assert list(seen[0]) == ["body.6", "body.9"]
-    assert seen[0] != seen[2] == seen[3] == seen[-1]
+    assert list(seen[0][0]) == ["body.6", "body.9"]
+    changed = [number for number, (before, after) in enumerate(pairwise(seen), start=1) if before[0] != after[0]]
+    assert changed == [1, 2] + ([] if every is None else [4, 6])
+    assert [len(balances) for _, balances in seen[:4]] == [1, 2, 3, 3]
+    first, last = seen[2][1], seen[-1][1]
+    assert last == first if every is None else last[0] == first[2]
 
 
 def test_the_shares_are_told(tmp_path):
@@ -585,6 +592,7 @@ def test_torchvisions_detectors_take_it_by_names_alone(name, tmp_path):
         ({"intermediate": 0.0, "end_to_end": 0.0}, "All weights are 0"),
         ({"balance": 0.0}, "`balance` must be positive"),
         ({"balance_batches": 0}, "`balance_batches` must be at least 1"),
+        ({"balance_every": 0}, "`balance_every` must be at least 1"),
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\)"),
         ({"draw_every_n_epochs": 0}, "`draw_every_n_epochs` must be at least 1"),
     ],
@@ -602,6 +610,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="Manual optimizes manually"):
         fit(tmp_path, RoIAutoencoder(LAYERS), module=Manual())
+    with pytest.raises(MisconfigurationException, match="There are two RoIAutoencoder"):
+        fit(tmp_path, RoIAutoencoder(LAYERS), RoIAutoencoder(LAYERS[:2]))
     with pytest.raises(MisconfigurationException, match=r"TinyDetector has no layer 'body.22' to read; perhaps 'body.2'"):
         fit(tmp_path, RoIAutoencoder(["body.22", "body.9"]))
     with pytest.raises(MisconfigurationException, match=r"'body.2' takes nothing that comes from 'body.6'"):
@@ -625,6 +635,17 @@ def test_a_step_that_skips_its_batch_is_fine(tmp_path):
 
     with pytest.warns(UserWarning, match="returned `None`"):
         fit(tmp_path, RoIAutoencoder(LAYERS, **QUIET), module=Skips())
+
+
+def test_a_step_without_the_backbone_is_refused(tmp_path):
+    """As of compiled code, whose hooks are not called; a loss that is silently left out would be worse."""
+
+    class Forgets(TinyDetector):
+        def training_step(self, batch, batch_idx):
+            return self.head.weight.sum() if batch_idx else super().training_step(batch, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match=r"does not run 'body.9', or runs it as compiled code"):
+        fit(tmp_path, RoIAutoencoder(LAYERS, **QUIET), module=Forgets())
 
 
 def test_a_frozen_backbone_cannot_be_balanced_but_read(tmp_path):
