@@ -12,7 +12,7 @@ after every run and goes on from it.
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil, sqrt
 from pathlib import Path
@@ -104,19 +104,26 @@ class Trained(Detector):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chained, "interval": "step"}}
 
 
-def run(data: SyntheticPedestrianDataModule, arm: str, share: float, seed: int, steps: int, folder: Path) -> Run:
+def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Trains decoders whatever the weight of their loss is, which a gradient descent by the detector's rate does not."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def run(data: SyntheticPedestrianDataModule, arm: str, share: float, decoders: str, seed: int, steps: int, folder: Path) -> Run:
     """Train one arm and score it."""
     norms, mask = ARMS[arm]
     pl.seed_everything(seed, verbose=False)
     module = Trained(detector(norms), steps)
     callbacks: list[pl.Callback] = []
     if mask is not None:
-        callbacks.append(RoIAutoencoder(macro_layers(module.net.backbone), balance=share, mask=mask, draw_every_n_epochs=None))
+        layers, optimizer = macro_layers(module.net.backbone), adam if decoders == "adam" else None
+        callbacks.append(RoIAutoencoder(layers, balance=share, mask=mask, optimizer=optimizer, draw_every_n_epochs=None))
     start = time.monotonic()
     fit(module, data, ceil(steps * data.batch_size / data.sizes["train"]), callbacks, folder)
     minutes = (time.monotonic() - start) / 60
     scores: Run = {f"{split}": miss_rate(module.net, data, split) for split in ("train", "test")}
-    return {"seed": seed, "arm": arm, "share": share, "images": data.sizes["train"], "steps": steps, "minutes": minutes, **scores}
+    asked = {"seed": seed, "arm": arm, "share": share, "decoders": decoders, "images": data.sizes["train"], "steps": steps}
+    return {**asked, "minutes": minutes, **scores}
 
 
 def macro_layers(body: nn.Sequential) -> list[str]:
@@ -147,15 +154,16 @@ def interval(values: Sequence[float]) -> str:
 def table(done: Sequence[Run]) -> str:
     """Means with intervals over seeds, and beside the baseline of the same seed, as markdown."""
     lines = [
-        "| images | arm | gradient's share | training images | held-out images | beside the baseline | seeds |",
-        "|---:|---|---:|---:|---:|---:|---:|",
+        "| images | arm | gradient's share | decoders by | training images | held-out images | beside the baseline | seeds |",
+        "|---:|---|---:|---|---:|---:|---:|---:|",
     ]
     baseline = {(one["images"], one["seed"]): one["test"] for one in done if one["arm"] == "baseline"}
-    for (images, arm, share), runs in grouped(done, lambda one: (str(one["images"]), one["arm"], str(one["share"]))).items():
-        beside = [one["test"] - baseline[key] for one in runs if (key := (one["images"], one["seed"])) in baseline]
+    for key, runs in grouped(done, lambda one: tuple(str(one[name]) for name in ("images", "arm", "share", "decoders"))).items():
+        images, arm, share, decoders = key
+        beside = [one["test"] - baseline[pair] for one in runs if (pair := (one["images"], one["seed"])) in baseline]
         cells = [interval([one[split] for one in runs]) for split in ("train", "test")]
         cells.append(interval(beside) if beside and arm != "baseline" else "")
-        lines.append(f"| {images} | {arm} | {'' if share == '0.0' else share} | {' | '.join(cells)} | {len(runs)} |")
+        lines.append(f"| {images} | {arm} | {'' if share == '0.0' else share} | {decoders} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines)
 
 
@@ -165,6 +173,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--images", type=int, nargs="+", default=[250], help="to train on")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1], help="of the gradient, for each term")
+    parser.add_argument("--decoders", choices=["sgd", "adam"], default="sgd", help="trained as the detector is, or by Adam")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2_000, help="of two images")
     parser.add_argument("--test_images", type=int, default=500)
@@ -178,11 +187,20 @@ def main() -> None:
         )
         for seed in options.seeds:
             for arm in options.arms:
-                for share in [0.0] if ARMS[arm][1] is None else options.shares:
-                    key = {"seed": seed, "arm": arm, "share": share, "images": images, "steps": options.steps}
+                plain = ARMS[arm][1] is None
+                for share in [0.0] if plain else options.shares:
+                    decoders = "" if plain else options.decoders
+                    key = {
+                        "seed": seed,
+                        "arm": arm,
+                        "share": share,
+                        "decoders": decoders,
+                        "images": images,
+                        "steps": options.steps,
+                    }
                     if finished.holds(**key):
                         continue
-                    done = run(data, arm, share, seed, options.steps, options.out.parent)
+                    done = run(data, arm, share, decoders, seed, options.steps, options.out.parent)
                     finished.add([done])
                     print(
                         f"done: {key}: {done['train']:.1%} training, {done['test']:.1%} held out, {done['minutes']:.1f} min",
