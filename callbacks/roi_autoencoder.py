@@ -73,7 +73,8 @@ class RoIAutoencoder(Callback):
         boxes: From module and batch to the boxes ``(m, 4)`` of each image (left, top, right, bottom) in pixels of what the
             backbone gets. None: what a method ``roi_boxes(batch)`` of the module gives, if there is one; otherwise ``boxes`` of
             the targets, ignore regions included, which are scaled as torchvision's detectors resize their images.
-        optimizer: From the decoders' parameters to their optimizer. None: of the kind of the module's own.
+        optimizer: From the decoders' parameters to their optimizer. None: of the kind of the module's own, as in the document.
+            Where that is a plain gradient descent, small weights slow the decoders down; ``torch.optim.Adam`` does not care.
         draw_every_n_epochs: Draw reconstructions of a batch of every n-th epoch, ``roiae/reconstructions``; None for none.
 
     Attributes:

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--images", type=int, nargs="+", default=[250], help="to train on")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1], help="of the gradient, for each term")
-    parser.add_argument("--decoders", choices=["sgd", "adam"], default="sgd", help="trained as the detector is, or by Adam")
+    parser.add_argument("--decoders", choices=["sgd", "adam"], default="adam", help="trained as the detector is, or by Adam")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2_000, help="of two images")
     parser.add_argument("--test_images", type=int, default=500)
