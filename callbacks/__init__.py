@@ -10,6 +10,7 @@ from lit_compress.callbacks.pfa import PFAPruning
 from lit_compress.callbacks.pib import PIBPruning
 from lit_compress.callbacks.pruning import PruningCallback
 from lit_compress.callbacks.random_recipe import RandomPruning
+from lit_compress.callbacks.roi_autoencoder import RoIAutoencoder
 from lit_compress.callbacks.scores import MagnitudePruning, SlimmingPruning
 from lit_compress.callbacks.start import StartFrom
 from lit_compress.callbacks.vib import VIBPruning
@@ -26,6 +27,7 @@ __all__ = [
     "PIBPruning",
     "PruningCallback",
     "RandomPruning",
+    "RoIAutoencoder",
     "SlimmingPruning",
     "StartFrom",
     "VIBPruning",

@@ -6,7 +6,7 @@ import copy
 import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule
@@ -16,7 +16,7 @@ AddedLoss: TypeAlias = Callable[..., Tensor | Mapping[str, Tensor]]
 Watch: TypeAlias = Callable[[Any], AbstractContextManager[Any]]
 
 
-def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss, watch: Watch | None = None) -> None:
+def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss, watch: Watch | None = None, *, beside: bool = False) -> None:
     """Add a loss to what the ``training_step`` of any module returns, until :func:`remove_loss`.
 
     It is added to every batch's loss, inside of the step: mixed precision, gradient accumulation and DDP treat it as they treat
@@ -30,6 +30,7 @@ def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss, watch: Watc
         loss: From the module to a scalar, in the unit of its own loss, or to scalars by the name of a part, which are added up.
         watch: Makes a context of the module, in which its own step runs, to see what happens in it. ``loss`` is then given what
             the context yields, after the module.
+        beside: Whether ``loss`` is also given the module's own loss, last: to see what it stands beside.
 
     Raises:
         MisconfigurationException: If the module optimizes manually: its step calls ``backward`` itself.
@@ -39,7 +40,7 @@ def add_loss(pl_module: LightningModule, name: str, loss: AddedLoss, watch: Watc
     if not isinstance(step, _Step):
         step = _Step(pl_module, step)
         vars(pl_module)["training_step"] = step  # on the instance, in front of the class's own
-    step.losses[name] = loss, watch
+    step.losses[name] = _Added(loss, watch, beside)
 
 
 def refuse_manual(pl_module: LightningModule, name: str) -> None:
@@ -68,12 +69,20 @@ def remove_loss(pl_module: LightningModule, name: str) -> None:
             vars(pl_module)["training_step"] = step.own
 
 
+class _Added(NamedTuple):
+    """A loss that is added to a step."""
+
+    loss: AddedLoss
+    watch: Watch | None
+    beside: bool
+
+
 class _Step:
     """A training step with losses added. An object, so that a copy of the module has one that is bound to the copy."""
 
     def __init__(self, module: LightningModule, own: Callable[..., Any] | None) -> None:
         self.module, self.own = module, own
-        self.losses: dict[str, tuple[AddedLoss, Watch | None]] = {}
+        self.losses: dict[str, _Added] = {}
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -83,18 +92,18 @@ class _Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             seen = {
-                name: stack.enter_context(watch(self.module)) for name, (_, watch) in self.losses.items() if watch is not None
+                name: [stack.enter_context(one.watch(self.module))] for name, one in self.losses.items() if one.watch is not None
             }
             found = self.__wrapped__(*args, **kwargs)
         if found is None:
             return None
-        total = found["loss"] if isinstance(found, dict) else found
-        for name, (loss, watch) in self.losses.items():
-            added = loss(self.module) if watch is None else loss(self.module, seen[name])
+        total = own = found["loss"] if isinstance(found, dict) else found
+        for name, one in self.losses.items():
+            added = one.loss(self.module, *seen.get(name, ()), *([own] if one.beside else ()))
             parts = {name: added} if isinstance(added, Tensor) else {f"{name}/{part}": one for part, one in added.items()}
-            for part, one in parts.items():
-                self.module.log(f"train/{part}", one.detach(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-                total = total + one
+            for part, value in parts.items():
+                self.module.log(f"train/{part}", value.detach(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+                total = total + value
         return {**found, "loss": total} if isinstance(found, dict) else total
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Step:

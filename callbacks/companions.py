@@ -31,6 +31,26 @@ def optimizers_of(trainer: Trainer) -> list[Optimizer]:
     return [*trainer.optimizers, *(optimizer for optimizer in own if optimizer is not None)]
 
 
+def step_own(trainer: Trainer, own: Optimizer, clip: bool = False) -> None:
+    """Take a step of an optimizer that a callback has of its own, right before the module's own takes one.
+
+    Args:
+        trainer: The running Trainer.
+        own: The callback's optimizer; its gradients are used up.
+        clip: Whether the Trainer's gradient clipping holds for it too, by its own norm.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)  # of half precision: it does not know these gradients
+    grads = [p.grad for group in own.param_groups for p in group["params"] if p.grad is not None]
+    if scaler is not None:
+        for grad in grads:
+            grad.div_(scaler.get_scale())
+    if scaler is None or all(bool(grad.isfinite().all()) for grad in grads):
+        if clip and trainer.gradient_clip_val:
+            trainer.lightning_module.clip_gradients(own, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        own.step()
+    own.zero_grad()
+
+
 def rebuild_module(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Cut a module, and the averages of its weights in its Trainer, to the sizes of a checkpoint, before the weights load.
 

@@ -53,7 +53,7 @@ class Outlets:
         """Log numbers."""
         for logger in self._trainer.loggers:
             with _or_warn(type(logger).__name__):
-                logger.log_metrics(dict(values), step=self._step)
+                logger.log_metrics(dict(values), step=self.step)
 
     def write(self, file: str, save: Callable[[Path], object]) -> None:
         """Write a file in the folder, by a function that takes its path."""
@@ -66,9 +66,9 @@ class Outlets:
         for logger in self._trainer.loggers:
             with _or_warn(type(logger).__name__):
                 if isinstance(logger, WandbLogger):
-                    logger.log_image(key=name, images=[figure], step=self._step)
+                    logger.log_image(key=name, images=[figure], step=self.step)
                 elif isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure(name, figure, global_step=self._step, close=False)
+                    logger.experiment.add_figure(name, figure, global_step=self.step, close=False)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], file: str | None = None) -> None:
         """Log a table of numbers and strings, and write it to ``<file>.csv`` if a name is given."""
@@ -77,9 +77,9 @@ class Outlets:
         for logger in self._trainer.loggers:
             with _or_warn(type(logger).__name__):
                 if isinstance(logger, WandbLogger):
-                    logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=self._step)
+                    logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=self.step)
                 elif isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text(name, _markdown(columns, rows), global_step=self._step)
+                    logger.experiment.add_text(name, _markdown(columns, rows), global_step=self.step)
 
     def recipe(self, recipe: Recipe, metadata: Mapping[str, Any]) -> None:
         """Log a recipe as an artifact of type ``"recipe"`` (one of the run, with a version a cut), and write ``recipe.json``.
@@ -113,10 +113,11 @@ class Outlets:
         elif isinstance(logger, TensorBoardLogger):
             # An indented block is code in Markdown.
             text = "\n".join(f"    {line}" for line in file.read_text(encoding="utf-8").splitlines())
-            logger.experiment.add_text("compress/recipe", text, global_step=self._step)
+            logger.experiment.add_text("compress/recipe", text, global_step=self.step)
 
     @property
-    def _step(self) -> int:
+    def step(self) -> int:
+        """Optimizer steps so far."""
         return self._trainer.global_step
 
 

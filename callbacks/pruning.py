@@ -25,9 +25,9 @@ from lit_compress.callbacks.fallback import Fallback, Kept
 from lit_compress.callbacks.loaders import analysis_batches, refuse_several
 from lit_compress.callbacks.outcome import CutReport, Measurement, write_summary
 from lit_compress.callbacks.progress import progress_of
-from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, own_state, refuse_strategy, rewrapped
+from lit_compress.callbacks.ranks import buffers_of_first, over_ranks, refuse_strategy, rewrapped
 from lit_compress.callbacks.restart import first_schedule, prepare_restart, warn_if_cut_short
-from lit_compress.callbacks.resume import keep_plan_in_checkpoints, resume_rng
+from lit_compress.callbacks.resume import RandomStates, keep_plan_in_checkpoints
 from lit_compress.callbacks.schedule import CutSchedule
 from lit_compress.callbacks.self_distillation import NAME, SelfDistillation
 from lit_compress.callbacks.steps import (
@@ -173,8 +173,7 @@ class PruningCallback(Callback, ABC):
             )
         self.reports: list[CutReport] = []
         self._first_schedule: dict[str, Any] | None = None  # if it is to be restarted
-        self._resumed_rng: list[dict[str, Any]] | None = None  # by rank
-        self._failed = False
+        self._random_states = RandomStates(self)
         self._final: dict[str, float] = {}  # metrics of a network that was put back at the end
         self._validated: dict[str, float] | None = None  # the monitored metric, from a validation in this epoch
         self._validated_at = -1  # the step at which the network as it is was validated
@@ -215,10 +214,10 @@ class PruningCallback(Callback, ABC):
         keep_plan_in_checkpoints(pl_module)
         if stage != "fit":
             return
-        self._resumed_rng = self._validated = None
+        self._validated = None
         self._validated_at = -1
         self._final = {}
-        self._failed = False
+        self._random_states.reset()
         if trainer.global_step == 0:  # what is resumed brings its own state later
             self.schedule.reset()
             self.reports, self._first_schedule = [], None
@@ -260,14 +259,11 @@ class PruningCallback(Callback, ABC):
                 "The run that is resumed was cut without `distill_from_unpruned`, and the unpruned network is not in its "
                 "checkpoint. Resume from before the cut, or leave it out."
             )
-        # Resumed in the middle of an epoch, the rest of that epoch comes first.
-        if trainer.fit_loop.restarted_mid_epoch and (states := self._own_rng(trainer)) is not None:
-            rng.restore(states)
+        self._random_states.on_train_start(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (states := self._own_rng(trainer)) is not None:
-            resume_rng(trainer, states)
+        self._random_states.on_train_epoch_start(trainer)
         if self._validated is not None:  # resumed from between a validation and the end of its epoch
             self.schedule.watch(self._validated)
             self._validated = None
@@ -343,7 +339,7 @@ class PruningCallback(Callback, ABC):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._failed = True  # perhaps on this rank alone: a checkpoint that is written now cannot ask the others
+        self._random_states.on_exception()
         self.self_distillation.end(pl_module)
 
     @override
@@ -379,7 +375,7 @@ class PruningCallback(Callback, ABC):
             "schedule": self.schedule.state_dict(),
             "first_schedule": self._first_schedule,
             "validated": self._validated,
-            "rng": [rng.collect()] if self._failed else share(rng.collect()),
+            "rng": self._random_states.state_dict(),
             "reports": [report.to_dict() for report in self.reports],
             "fallback": None if self.fallback is None else self.fallback.state_dict(),
             "unpruned": self.self_distillation.state_dict(),
@@ -390,7 +386,7 @@ class PruningCallback(Callback, ABC):
         self.schedule.load_state_dict(state_dict["schedule"])
         self._first_schedule = state_dict["first_schedule"] if self.restart_schedule else None
         self._validated = state_dict["validated"]
-        self._resumed_rng = state_dict["rng"]
+        self._random_states.load_state_dict(state_dict["rng"])
         self.reports = [CutReport.from_dict(report) for report in state_dict["reports"]]
         if self.fallback is not None and state_dict["fallback"] is not None:
             self.fallback.load_state_dict(state_dict["fallback"])
@@ -400,11 +396,6 @@ class PruningCallback(Callback, ABC):
         """The monitored metric, if it is logged, the same on all ranks, which must cut together."""
         name = self.schedule.monitor
         return over_ranks({name: float(trainer.callback_metrics[name])} if name in trainer.callback_metrics else {})
-
-    def _own_rng(self, trainer: Trainer) -> Mapping[str, Any] | None:
-        """This rank's states of the random number generators, from the checkpoint that the run was resumed from; only once."""
-        states, self._resumed_rng = self._resumed_rng, None
-        return None if states is None else own_state(trainer, states, type(self).__name__)
 
     # ---------------------------------------------------------------- the cut
 

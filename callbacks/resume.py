@@ -6,12 +6,14 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lit_compress import rng
 from lit_compress.callbacks.companions import rebuild_module
+from lit_compress.callbacks.ranks import own_state
 from lit_compress.checkpoint import write_plan
+from lit_compress.ranks import share
 
 
 def keep_plan_in_checkpoints(pl_module: LightningModule) -> None:
@@ -42,6 +44,50 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     write_plan(self, checkpoint)
     own = vars(self).get("_lit_compress_on_save_checkpoint")
     type(self).on_save_checkpoint(self, checkpoint) if own is None else own(checkpoint)
+
+
+class RandomStates:
+    """States of the random number generators of every rank, in the state of a callback, so that a resumed run is the same run.
+
+    Args:
+        whose: The callback, for a warning.
+    """
+
+    def __init__(self, whose: Callback) -> None:
+        self._whose = type(whose).__name__
+        self.reset()
+
+    def reset(self) -> None:
+        """A run begins; what is resumed loads its states later."""
+        self._states: list[dict[str, Any]] | None = None
+        self._failed = False
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Resumed in the middle of an epoch, the rest of that epoch comes first."""
+        if trainer.fit_loop.restarted_mid_epoch and (states := self._own(trainer)) is not None:
+            rng.restore(states)
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        """Resumed between epochs."""
+        if (states := self._own(trainer)) is not None:
+            resume_rng(trainer, states)
+
+    def on_exception(self) -> None:
+        """Perhaps on this rank alone: a checkpoint that is written now cannot ask the others."""
+        self._failed = True
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """One entry a rank; all ranks must call it."""
+        return [rng.collect()] if self._failed else share(rng.collect())
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Inverse of :meth:`state_dict`; they are restored where training goes on."""
+        self._states = states
+
+    def _own(self, trainer: Trainer) -> Mapping[str, Any] | None:
+        """This rank's, only once."""
+        states, self._states = self._states, None
+        return None if states is None else own_state(trainer, states, self._whose)
 
 
 def resume_rng(trainer: Trainer, states: Mapping[str, Any]) -> None:

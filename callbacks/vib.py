@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lit_compress.analysis import Analysis, wanted
 from lit_compress.callbacks.added_loss import add_loss, refuse_manual, remove_loss
-from lit_compress.callbacks.companions import all_or_nothing, averages_of
+from lit_compress.callbacks.companions import all_or_nothing, averages_of, step_own
 from lit_compress.callbacks.pruning import PruningCallback
 from lit_compress.callbacks.ranks import rewrapped
 from lit_compress.callbacks.steps import silent_step
@@ -181,14 +181,7 @@ class VIBPruning(PruningCallback):
         group = optimizer.param_groups[0]
         falls = min(group["lr"] / group.get("initial_lr", group["lr"]), 1.0) if group["lr"] > 0 else 0.0
         self.own_optimizer.param_groups[0]["lr"] = self.gate_lr * falls
-        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of half precision: it does not know these gradients
-        grads = [parameter.grad for parameter in self.own_optimizer.param_groups[0]["params"] if parameter.grad is not None]
-        if scaler is not None:
-            for grad in grads:
-                grad.div_(scaler.get_scale())
-        if scaler is None or all(bool(grad.isfinite().all()) for grad in grads):
-            self.own_optimizer.step()
-        self.own_optimizer.zero_grad()
+        step_own(trainer, self.own_optimizer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -60,8 +60,11 @@ class Taps:
         self._overwritten: set[str] | None = None
 
     @contextmanager
-    def reading(self) -> Iterator[dict[str, Tensor]]:
+    def reading(self, *, or_nothing: bool = False) -> Iterator[dict[str, Tensor]]:
         """Fill the yielded dict, by name, with what the layers give in the one forward that runs inside.
+
+        Args:
+            or_nothing: Whether it is fine that none of the layers runs.
 
         Raises:
             ValueError: If a layer does not run, runs twice, or gives something else than one tensor.
@@ -72,6 +75,8 @@ class Taps:
             for name, layer in self._layers.items():
                 stack.callback(layer.register_forward_hook(partial(self._keep, name, found, given)).remove)
             yield found
+        if not found and or_nothing:
+            return
         if missing := [name for name in self._layers if name not in found]:
             raise ValueError(f"Layer {missing[0]!r} is to be read, but this forward does not run it.")
         changed = {name for name, (output, version) in given.items() if output._version != version}

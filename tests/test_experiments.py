@@ -237,3 +237,20 @@ def test_a_difference_of_students_is_judged_by_seeds_that_have_both():
     assert compared(runs, "streets", other, one) == f"+3.0 ± {reach:.1f}: refuted"
     assert compared(runs[:4], "streets", one, other).endswith("open")
     assert compared(runs, "photographs", one, other) == ""
+
+
+@pytest.mark.long
+def test_table_3_1_runs_on_drawn_streets_and_goes_on_where_it_was_stopped(root, tmp_path):
+    out = tmp_path / "r.json"
+    arguments = ["--seeds", "0", "--images", "8", "--steps", "4", "--test_images", "8", "--out", str(out.with_suffix(""))]
+    shown = run(root, "roi_autoencoder", arguments)
+    runs = json.loads(out.read_text())
+    assert [one["arm"] for one in runs] == ["baseline", "without BatchNorm", "SWWAE", "ROIAE"]
+    assert all(0 <= one[split] <= 1 for one in runs for split in ("train", "test"))
+    assert "| 8 | ROIAE | 0.1 | adam |" in shown
+
+    out.write_text(json.dumps(runs[:-1]))  # stopped before the last
+    shown = run(root, "roi_autoencoder", arguments)
+    assert [line.partition("'arm': ")[2][:7] for line in shown.splitlines() if line.startswith("done")] == ["'ROIAE'"]
+    again = json.loads(out.read_text())
+    assert [{**one, "minutes": 0} for one in again] == [{**one, "minutes": 0} for one in runs]

@@ -214,7 +214,12 @@ def batch_size(batch: Any) -> int:
 
 
 def first_samples(batch: Any, count: int = 2) -> Any:
-    """The first samples of a batch of tensors in any nesting, or of lists of samples as detectors take them."""
+    """The first samples of a batch of tensors in any nesting, or of lists of samples as detectors take them.
+
+    Example:
+        >>> first_samples((torch.zeros(3, 1, 4, 4), [{"boxes": 1}, {"boxes": 2}, {"boxes": 3}]))[1]
+        [{'boxes': 1}, {'boxes': 2}]
+    """
     if _lists_samples(batch):
         return type(batch)(samples[:count] for samples in batch)
     size = batch_size(batch)
@@ -226,8 +231,17 @@ def first_samples(batch: Any, count: int = 2) -> Any:
 
 
 def _lists_samples(batch: Any) -> bool:
-    """Whether a batch is made of lists, ``(images, targets)``, rather than of tensors that stack the samples."""
-    return type(batch) in (tuple, list) and bool(batch) and all(isinstance(part, (tuple, list)) and part for part in batch)
+    """Whether a batch is made of lists, ``(images, targets)``, rather than of tensors that stack the samples.
+
+    The images may be stacked where the targets are a list of as many dicts.
+    """
+    if type(batch) not in (tuple, list) or not batch:
+        return False
+    if all(isinstance(part, (tuple, list)) and part for part in batch):
+        return True
+    lists = [part for part in batch if isinstance(part, (tuple, list)) and part and isinstance(part[0], Mapping)]
+    tensors = [part for part in batch if isinstance(part, Tensor) and part.ndim]
+    return bool(lists) and len(lists) + len(tensors) == len(batch) and len({len(part) for part in batch}) == 1
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
