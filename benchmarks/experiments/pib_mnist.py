@@ -286,11 +286,15 @@ def plane(one: Run) -> dict[str, list[tuple[float, float]]]:
     """The information plane of a run: what each layer keeps, at the end of an epoch, beside what it tells of the label."""
     kept = {}
     for epochs, bits in reversed(one["information"]):
-        kept[epochs] = list(bits.values())  # before a cut, of the two entries at one
-    names = list(one["epochs"][0]["of_label"])
+        kept[epochs] = bits  # before a cut, of the two entries at one
+    layers = list(one["information"][0][1])
     return {
-        name: [(kept[number][place], epoch["of_label"][name]) for number, epoch in enumerate(one["epochs"], start=1)]
-        for place, name in enumerate(names)
+        unit: [
+            (kept[number][layer], epoch["of_label"][unit])
+            for number, epoch in enumerate(one["epochs"], start=1)
+            if layer in kept[number]  # a layer of a single unit is not looked at any more
+        ]
+        for layer, unit in zip(layers, one["epochs"][0]["of_label"], strict=True)
     }
 
 
@@ -321,8 +325,8 @@ def main() -> None:
 
 
 def draw(runs: Sequence[Run], out: Path) -> None:
-    """All pictures that the runs give."""
-    informed = [one for one in runs if one["information"]]
+    """The thesis's figures 4.8.1 and 4.8.2, as far as there are runs."""
+    informed = [one for one in runs if one["information"] and ROWS[one["row"]].table in OTHERS and ROWS[one["row"]].published]
     for name in dict.fromkeys(one["row"] for one in informed):
         one = next(one for one in informed if one["row"] == name)
         place = f"{out.name}_{name.replace(' ', '_').replace(',', '')}"
