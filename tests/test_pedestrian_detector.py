@@ -13,7 +13,7 @@ from torchvision.models.vgg import make_layers
 from torchvision.ops import box_iou, roi_align
 
 from lit_compress import load_pruned, ranks
-from lit_compress.callbacks import PFAPruning
+from lit_compress.callbacks import PFAPruning, RoIAutoencoder
 from lit_compress.cli import main
 from lit_compress.datamodules import ProposedPedestrianDataModule, SyntheticPedestrianDataModule
 from lit_compress.detection import (
@@ -308,7 +308,7 @@ def test_a_frozen_vgg_is_the_classifier_it_came_from(tmp_path):
 
 
 def test_without_weights_nothing_is_frozen_and_that_is_said(caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="pytorch_lightning"):  # which says it, at whatever level another test left it
         detector = LitPedestrianDetector(rpn())
     assert "none of its layers is frozen" in caplog.text
     assert all(parameter.requires_grad for parameter in detector.parameters())
@@ -412,6 +412,38 @@ def test_a_run_goes_on_with_the_deviations_that_it_has_measured(tmp_path):
     assert more.global_step == 8
     assert torch.equal(resumed.net.target_std, seen["net.target_std"])
     assert not torch.equal(resumed.net.score.weight, seen["net.score.weight"])
+
+
+@pytest.mark.parametrize("image_size", [None, (128, 256)])
+def test_boxes_are_reconstructed_where_the_backbone_sees_them(image_size, tmp_path):
+    """Of images of two sizes, drawn as the boxes themselves: what the backbone gets is bright just there."""
+    net = rpn(image_size=image_size)
+    net.colours = torch.nn.Identity()
+    boxes = [torch.tensor([[8.0, 16.0, 24.0, 48.0]]), torch.tensor([[40.0, 8.0, 60.0, 28.0]])]
+    images = [torch.zeros(3, 64, 96), torch.zeros(3, 32, 64)]
+    for image, ((left, top, right, bottom),) in zip(images, boxes, strict=True):
+        image[:, int(top) : int(bottom), int(left) : int(right)] = 1
+    detector = LitPedestrianDetector(net, pictures=0)
+    moved = detector.roi_boxes((images, [{"boxes": of_image} for of_image in boxes]))
+    entered = net._enter(images).images
+    for image, ((left, top, right, bottom),) in zip(entered, moved, strict=True):
+        within = torch.zeros_like(image)
+        within[:, int(top) : int(bottom), int(left) : int(right)] = 1
+        assert within.any()
+        for side in (1, 2):  # resized, edges are blurred but stay where they are, and corners are rounded off
+            assert (image.amax(side) > 0.5).equal(within.amax(side) > 0.5)
+
+
+def test_a_detector_is_trained_with_an_autoencoder_that_leaves_nothing_behind(tmp_path):
+    layers = ["net.backbone.macro2", "net.backbone.macro3", "net.backbone.macro4"]
+    detector = LitPedestrianDetector(rpn(image_size=(80, 160)), subset=SMALL, pictures=0)
+    keys = list(detector.state_dict())
+    run = trainer(tmp_path, callbacks=[RoIAutoencoder(layers, balance=0.1)])
+    run.fit(detector, streets())
+    assert {f"train/roiae/{name}" for name in (*layers[1:], "end_to_end")} <= run.callback_metrics.keys()
+    assert all(run.callback_metrics[f"train/roiae/{name}"] > 0 for name in (*layers[1:], "end_to_end"))
+    assert list(detector.state_dict()) == keys
+    assert list(tmp_path.rglob("roiae_reconstructions_*.png"))
 
 
 def test_a_detector_is_pruned_in_a_run(tmp_path):

@@ -271,12 +271,31 @@ class PedestrianDetector(nn.Module, ABC):
                 image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
             resized.append(image)
             sizes.append(size)
-            # Pixels need at least single precision, whatever the network computes in.
-            precise = torch.promote_types(image.dtype, torch.float32)
-            scales.append(image.new_tensor([size[1] / width, size[0] / height] * 2, dtype=precise))
+            scales.append(self._scale(image, height, width))
         most = [max(sides) for sides in zip(*sizes, strict=True)]
         padded = [F.pad(image, (0, most[1] - image.shape[2], 0, most[0] - image.shape[1])) for image in resized]
         return Entered(torch.stack(padded), sizes, scales)
+
+    def boxes_on_input(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Tensor]:
+        """Boxes of images where the backbone sees them, which takes images resized.
+
+        Args:
+            images: ``(3, H, W)`` each.
+            boxes: ``(m, 4)`` of each: left, top, right, bottom, in pixels of the image.
+
+        Returns:
+            ``(m, 4)`` of each, in pixels of what the backbone gets.
+        """
+        return [
+            of_image * self._scale(image, *image.shape[1:]).to(of_image) for image, of_image in zip(images, boxes, strict=True)
+        ]
+
+    def _scale(self, image: Tensor, height: int, width: int) -> Tensor:
+        """Of boxes, when an image of this size is resized."""
+        size = self._size(height, width)
+        # Pixels need at least single precision, whatever the network computes in.
+        precise = torch.promote_types(image.dtype, torch.float32)
+        return image.new_tensor([size[1] / width, size[0] / height] * 2, dtype=precise)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         if self.image_size is None:

@@ -171,6 +171,11 @@ class LitPedestrianDetector(PrunableMixin, LightningModule):
         images, targets = batch
         return self(images, _proposals(targets))  # type: ignore[no-any-return, arg-type]
 
+    def roi_boxes(self, batch: Batch) -> list[Tensor]:
+        """Boxes of a batch, ignore regions included, in pixels of what the backbone gets, for ``RoIAutoencoder``."""
+        images, targets = batch
+        return self.net.boxes_on_input(images, [target["boxes"] for target in targets])
+
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimization(self.parameters(), self.optimizer, self.scheduler, self.scheduler_interval, monitor="val/miss_rate")
