@@ -114,7 +114,7 @@ TRIED: dict[str, Mapping[str, str]] = {
     "batches of 32": {"--data.batch_size": "32"},
     "patience 10": {f"{PRUNING}patience": "10"},
     "constant rate": {"--model.init_args.scheduler": "null"},
-    "other dropout": {"--model.init_args.input_dropout": "0.1"},
+    "dropout 0.1": {"--model.init_args.input_dropout": "0.1"},
     "no companions": {"--model.init_args.companions": "null"},
     "exact marginal": {f"{PRUNING}marginal": "exact"},
 }

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lit_compress.checkpoint import load_pruned, note, noted
 from lit_compress.losses.terms import KnowledgeDistillation, Readings, Term, loss_parts, student_taps, teacher_for
 from lit_compress.modules.optimization import Interval, check_interval, optimization
+from lit_compress.modules.parts import logged_sum
 from lit_compress.modules.prunable import PrunableMixin
 from lit_compress.ranks import as_one, share
 from lit_compress.taps import Taps, pairs_of
@@ -142,18 +143,7 @@ class LitDistiller(PrunableMixin, LightningModule):
         with self._taps.reading() as ours:
             self.student(inputs)
         parts = loss_parts(cast("Sequence[Term]", self.terms), ours, theirs, labels)
-        loss = torch.stack(list(parts.values())).sum()
-        for name, value in [("loss", loss), *parts.items()]:
-            self.log(
-                f"train/{name}",
-                value.detach(),
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "loss",
-                batch_size=len(labels),
-                sync_dist=True,
-            )
-        return loss
+        return logged_sum(self, parts, batch_size=len(labels))
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -22,6 +22,7 @@ from lit_compress.detection.detector import PedestrianDetector
 from lit_compress.detection.rpn import RegionProposalNetwork
 from lit_compress.metrics import LogAverageMissRate
 from lit_compress.modules.optimization import Interval, check_interval, optimization
+from lit_compress.modules.parts import logged_sum
 from lit_compress.modules.prunable import PrunableMixin
 from lit_compress.pedestrians.pictures import plot_detections
 from lit_compress.pedestrians.subsets import Subset
@@ -126,18 +127,7 @@ class LitPedestrianDetector(PrunableMixin, LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         parts = self.net.losses(images, targets)
-        loss = torch.stack(list(parts.values())).sum()
-        for name, value in [("loss", loss), *parts.items()]:
-            self.log(
-                f"train/{name}",
-                value.detach(),
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "loss",
-                batch_size=len(images),
-                sync_dist=True,
-            )
-        return loss
+        return logged_sum(self, parts, batch_size=len(images))
 
     @override
     def on_validation_epoch_start(self) -> None:
