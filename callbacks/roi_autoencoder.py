@@ -79,7 +79,6 @@ class RoIAutoencoder(Callback):
 
     Attributes:
         autoencoders: The decoders, once the first batch has begun.
-        weights: Name of a term to its weight.
 
     Raises:
         MisconfigurationException: If a value is out of range. From the start of ``fit``: if the module optimizes manually, lacks
