@@ -107,8 +107,10 @@ ROWS = {
 
 OPTIMIZER = "--model.init_args.optimizer"
 NO_DECAY = {f"{OPTIMIZER}.weight_decay": "0"}
+ADAM = {OPTIMIZER: "torch.optim.Adam", f"{OPTIMIZER}.lr": "0.001"}
 TRIED: dict[str, Mapping[str, str]] = {
-    "Adam": {OPTIMIZER: "torch.optim.Adam", f"{OPTIMIZER}.lr": "0.001", **NO_DECAY},
+    "Adam": ADAM | NO_DECAY,
+    "Adam, decay, max_drop": ADAM | {f"{OPTIMIZER}.weight_decay": "0.0001"} | MAX_DROP | {"--trainer.max_epochs": "80"},
     "no decay": NO_DECAY,
     "strong decay": {f"{OPTIMIZER}.weight_decay": "0.0005"},
     "batches of 32": {"--data.batch_size": "32"},
