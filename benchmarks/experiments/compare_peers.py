@@ -1,11 +1,11 @@
-"""PFA and what other tools choose, on the same trained networks, at equal size and fine-tuned alike: MNIST.
+"""PFA and what other tools choose, on the same trained networks, at equal parameters and fine-tuned alike: MNIST.
 
     python -m benchmarks.experiments.compare_peers --data DIR --seeds 0 1 2 --out docs/images/compare_peers
 
-Each seed trains a small convolutional network with batch norms, and a LeNet-5, which has none. Every tool cuts copies of them,
-with nothing trained for the cut, to at most a share of the parameters, or of the mult-adds; then all are fine-tuned with the
-same settings. Writes OUT.json after every run (and goes on from it), OUT.png, and tables on the standard output. Tools that are
-not installed are left out: ``pip install lit-compress[peers]``.
+Each seed trains a small convolutional network with batch norms. Every tool cuts copies of it, with nothing trained for the cut,
+to at most a share of the parameters; then all are fine-tuned with the same settings. The sizes are that of PFA-KL, which has no
+other, and shares. Writes OUT.json after every run (and goes on from it), OUT.png, and tables on the standard output. Tools that
+are not installed are left out: ``pip install lit-compress[peers]``.
 
 Torch-Pruning and fasterai are asked for channels: as in Torch-Pruning's own benchmark, they take a few more in each of 400 steps,
 until the target is met. Lightning's ModelPruning only sets weights to zero: its share is that of the weights that are not.
@@ -15,12 +15,10 @@ import argparse
 import copy
 import statistics
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from importlib import import_module
-from itertools import product
 from os import devnull
 from pathlib import Path
 from typing import Any
@@ -41,13 +39,12 @@ from benchmarks.timing import Candidate, interleaved, threads
 from lit_compress import analyze, count_mult_adds, count_parameters
 from lit_compress.callbacks import PFAPruning
 from lit_compress.datamodules import DigitsDataModule, MNISTDataModule
-from lit_compress.models import LeNet5
 from lit_compress.models.convolution import conv_bn_relu, init_convolutions
 
 STEPS = 400  # of Torch-Pruning's benchmark, from the whole network to one channel a layer
 LOOKS = 10  # batches whose gradients are taken, as there
-MEASURES = ("parameters", "mult_adds")
 KL_SIZE = "PFA-KL's"
+SHARES = (0.1, 0.05, 0.02)
 OURS: dict[str, dict[str, Any]] = {
     "PFA": {},
     "PFA, compensated": {"compensate": True},
@@ -60,7 +57,7 @@ Step = Callable[[], None]
 """Takes a little more of the channels."""
 
 
-def convnet(data: Any) -> nn.Module:
+def build(data: Any) -> nn.Module:
     """Four convolutions of 16, 32, 64 and 64 channels, each with a batch norm, over two pools: 61,066 parameters on MNIST."""
     net = nn.Sequential(
         OrderedDict[str, nn.Module](
@@ -77,33 +74,6 @@ def convnet(data: Any) -> nn.Module:
     )
     init_convolutions(net)
     return net
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A network and the sizes that it is cut to.
-
-    Args:
-        build: Makes it for a data module.
-        shares: Of the parameters, or of the mult-adds, from the largest.
-    """
-
-    build: Callable[[Any], nn.Module]
-    shares: Mapping[str, tuple[float, ...]]
-
-
-SUBJECTS = {
-    "convnet": Subject(convnet, {"parameters": (0.2, 0.1, 0.05, 0.02), "mult_adds": (0.3, 0.1, 0.03)}),
-    "lenet5": Subject(
-        lambda data: LeNet5(num_classes=data.num_classes),
-        {"parameters": (0.1, 0.05, 0.02, 0.01), "mult_adds": (0.3, 0.1, 0.03)},
-    ),
-}
-
-
-def size_of(net: nn.Module, measure: str, example: Tensor) -> int:
-    """What a network has of what is to be equal."""
-    return count_parameters(net) if measure == "parameters" else count_mult_adds(net, example)
 
 
 # ---------------------------------------------------------------- other tools
@@ -133,23 +103,20 @@ def torch_pruning(importance: str, scope: str = "global") -> Callable[[nn.Module
     return start
 
 
-def fasterai(scope: str) -> Callable[[nn.Module, Any], Step]:
-    """The same for fasterai, with the criterion of its tutorial, the magnitude."""
-
-    def start(net: nn.Module, data: Any) -> Step:
-        pruner_of, criteria = import_module("fasterai.prune.pruner").Pruner, import_module("fasterai.core.criteria")
-        with open(devnull, "w") as nothing, redirect_stdout(nothing):
-            return pruner_of(
-                net,
-                1.0,
-                scope,
-                criteria.large_final,
-                ignored_layers=[output_of(net)],
-                example_inputs=example_of(data),
-                iterative_steps=STEPS,
-            ).prune_model
-
-    return start
+def fasterai(net: nn.Module, data: Any) -> Step:
+    """The pruner of fasterai as in its tutorial: by magnitude, all layers alike."""
+    pruner_of, criteria = import_module("fasterai.prune.pruner").Pruner, import_module("fasterai.core.criteria")
+    with open(devnull, "w") as nothing, redirect_stdout(nothing):
+        pruner = pruner_of(
+            net,
+            1.0,
+            "local",
+            criteria.large_final,
+            ignored_layers=[output_of(net)],
+            example_inputs=example_of(data),
+            iterative_steps=STEPS,
+        )
+    return pruner.prune_model
 
 
 PEERS: dict[str, Callable[[nn.Module, Any], Step]] = {
@@ -159,19 +126,8 @@ PEERS: dict[str, Callable[[nn.Module, Any], Step]] = {
     "Torch-Pruning: Taylor": torch_pruning("GroupTaylorImportance"),
     "Torch-Pruning: Hessian": torch_pruning("GroupHessianImportance"),
     "Torch-Pruning: norms' scales": torch_pruning("BNScaleImportance"),
-    "fasterai: magnitude": fasterai("global"),
-    "fasterai: magnitude, layers alike": fasterai("local"),
+    "fasterai: magnitude, layers alike": fasterai,
 }
-
-
-def peers_for(net: nn.Module) -> dict[str, Callable[[nn.Module, Any], Step]]:
-    """Those that are installed and can read the network."""
-    normed = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
-    return {
-        name: start
-        for name, start in PEERS.items()
-        if not TOOLS[name.partition(":")[0]].missing and (normed or not name.endswith("scales"))
-    }
 
 
 def output_of(net: nn.Module) -> nn.Module:
@@ -215,14 +171,12 @@ def with_squared_gradients(net: nn.Module, data: Any) -> None:
         parameter.grad = (total / samples).sqrt()
 
 
-def on_the_way_down(
-    net: nn.Module, step: Step, sizes: Mapping[str, float], measure: str, example: Tensor
-) -> Iterator[tuple[str, nn.Module]]:
-    """Copies of a network that is being pruned, each the first at or below a size, from the largest."""
-    whole = size_of(net, measure, example)
+def on_the_way_down(net: nn.Module, step: Step, sizes: Mapping[str, float]) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of a network that is being pruned, each the first with at most a share of the parameters, from the largest."""
+    whole = count_parameters(net)
     steps = iter(range(STEPS))
     for size, share in sorted(sizes.items(), key=lambda item: -item[1]):
-        while size_of(net, measure, example) > share * whole:
+        while count_parameters(net) > share * whole:
             if next(steps, None) is None:
                 raise RuntimeError(f"{STEPS} steps do not reach {share:.1%}.")
             step()
@@ -244,29 +198,24 @@ class MaskedFromTheStart(ModelPruning):
 
 
 class Comparison:
-    """All runs on the full network of one seed.
+    """All runs on the network of one seed.
 
     Args:
-        measure: What is to be equal, ``"parameters"`` or ``"mult_adds"``.
-        network: Key of :data:`SUBJECTS`.
         seed: Of the training and of each fine-tuning.
         data: What is learnt.
         finished: Runs that are not to be repeated.
         options: Of the command line.
     """
 
-    def __init__(self, measure: str, network: str, seed: int, data: Any, finished: Finished, options: argparse.Namespace) -> None:
-        self.data, self.finished, self.options = data, finished, options
-        self.key = {"measure": measure, "network": network, "seed": seed}
-        self.measure, self.seed, self.example = measure, seed, example_of(data)
+    def __init__(self, seed: int, data: Any, finished: Finished, options: argparse.Namespace) -> None:
+        self.seed, self.data, self.finished, self.options = seed, data, finished, options
         pl.seed_everything(seed, verbose=False)
-        self.full = SUBJECTS[network].build(data)
+        self.full = build(data)
         accuracy = self._train(self.full, options.epochs)
         self.full.eval()
-        self.sizes = {f"{100 * share:g} %": share for share in SUBJECTS[network].shares[self.measure]}
-        if self.measure == "parameters":
-            pfa = analyze(self.full, data.analysis_dataloader())
-            self.sizes[KL_SIZE] = pfa.parameters(pfa.recipe()) / pfa.original("parameters")
+        pfa = analyze(self.full, data.analysis_dataloader())
+        self.sizes = {KL_SIZE: pfa.parameters(pfa.recipe()) / pfa.original("parameters")}
+        self.sizes |= {f"{100 * share:g} %": share for share in SHARES}
         if not self._done("uncut", "100 %"):
             self._keep("uncut", "100 %", self.full, accuracy)
 
@@ -274,44 +223,44 @@ class Comparison:
         """Whatever is not yet done."""
         for method, how in OURS.items():
             for size, share in self.sizes.items():
-                target = {} if size == KL_SIZE else {f"keep_{'params' if self.measure == 'parameters' else 'mult_adds'}": share}
-                self._tuned(method, size, [PFAPruning(at_epoch=0, evaluate=False, **target, **how)])
-        for method, start in peers_for(self.full).items():
+                target = {} if size == KL_SIZE else {"keep_params": share}
+                self._tuned(method, size, PFAPruning(at_epoch=0, evaluate=False, **target, **how))
+        for method, start in PEERS.items():
             missing = {size: share for size, share in self.sizes.items() if not self._done(method, size)}
-            if missing:
+            if missing and not TOOLS[method.partition(":")[0]].missing:
                 net = copy.deepcopy(self.full)
-                for size, small in on_the_way_down(net, start(net, self.data), missing, self.measure, self.example):
+                for size, small in on_the_way_down(net, start(net, self.data), missing):
                     self._keep(method, size, small, self._train(small, self.options.fine_tune))
-        if self.measure == "parameters":  # a mask saves no mult-adds
-            for size, share in self.sizes.items():
-                self._tuned(MASK, size, [MaskedFromTheStart(share)])
+        for size, share in self.sizes.items():
+            self._tuned(MASK, size, MaskedFromTheStart(share))
 
-    def _tuned(self, method: str, size: str, callbacks: Sequence[pl.Callback]) -> None:
-        """A copy of the full network, fine-tuned with callbacks that make it smaller before the first step."""
+    def _tuned(self, method: str, size: str, callback: pl.Callback) -> None:
+        """A copy of the full network, fine-tuned with a callback that makes it smaller before the first step."""
         if not self._done(method, size):
             net = copy.deepcopy(self.full)
-            self._keep(method, size, net, self._train(net, self.options.fine_tune, callbacks))
+            self._keep(method, size, net, self._train(net, self.options.fine_tune, callback))
 
-    def _train(self, net: nn.Module, epochs: int, callbacks: Sequence[pl.Callback] = ()) -> float:
+    def _train(self, net: nn.Module, epochs: int, *callbacks: pl.Callback) -> float:
         with tempfile.TemporaryDirectory() as folder:
             return train(net, self.data, epochs, self.seed, callbacks, Path(folder))
 
     def _done(self, method: str, size: str) -> bool:
-        return self.finished.holds(**self.key, method=method, size=size)
+        return self.finished.holds(seed=self.seed, method=method, size=size)
 
     def _keep(self, method: str, size: str, net: nn.Module, accuracy: float) -> None:
         """Write down what a method came to."""
-        whole = {measure: size_of(self.full, measure, self.example) for measure in MEASURES}
-        left = {measure: size_of(net, measure, self.example) for measure in whole}
+        whole, example = count_parameters(self.full), example_of(self.data)
         run: Run = {
-            **self.key, "method": method, "size": size, "accuracy": accuracy,
-            **{measure: left[measure] / whole[measure] for measure in whole},
-            "not_zero": sum(int(parameter.count_nonzero()) for parameter in net.parameters()) / whole["parameters"],
+            "seed": self.seed, "method": method, "size": size, "accuracy": accuracy,
+            "parameters": count_parameters(net) / whole,
+            "not_zero": sum(int(parameter.count_nonzero()) for parameter in net.parameters()) / whole,
+            "mult_adds": count_mult_adds(net, example) / count_mult_adds(self.full, example),
             "time": self._time(net), "widths": widths(net), "commit": self.options.code,
         }  # fmt: skip
         self.finished.add([run])
-        sizes = f"{run['parameters']:.2%} of the parameters, {run['mult_adds']:.2%} of the mult-adds"
-        print(f"{self.key}: {method} at {size}: {sizes}, {accuracy:.2%} right", flush=True)
+        print(
+            f"seed {self.seed}: {method} at {size}: {run['parameters']:.2%} of the parameters, {accuracy:.2%} right", flush=True
+        )
 
     @torch.no_grad()
     def _time(self, net: nn.Module) -> float:
@@ -335,29 +284,23 @@ def widths(net: nn.Module) -> list[int]:
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """For each network and measure, accuracy by method and size, and what else the networks have; as markdown."""
-    shown = []
-    for (network, measure), some in grouped(runs, lambda run: (run["network"], run["measure"])).items():
-        of = measure.replace("_", "-")
-        small = [run for run in some if run["method"] != "uncut"]
-        (uncut,) = grouped((run for run in some if run["method"] == "uncut"), lambda run: ()).values()
-        seeds = len({run["seed"] for run in some})
-        caption = f"{network} at equal {of}, {seeds} seeds; uncut {mean_and_spread(uncut)}"
-        other = "mult_adds" if measure == "parameters" else "parameters"
-        shown += [
-            f"**{caption}: accuracy**", _by_size(small, mean_and_spread),
-            f"**{caption}: {other.replace('_', '-')} / time, % of the uncut network's**",
-            _by_size(
-                [run for run in small if run["method"] not in (*list(OURS)[1:], MASK)],
-                lambda cell, other=other: f"{_percent(cell, other)} / {_percent(cell, 'time')}",
-            ),
-        ]  # fmt: skip
-    return "\n\n".join(shown)
+    """By method and size: accuracy, and what else the networks have; as markdown."""
+    uncut = [run for run in runs if run["method"] == "uncut"]
+    small = [run for run in runs if run["method"] != "uncut"]
+    chosen = [run for run in small if run["method"] not in (*list(OURS)[1:], MASK)]  # each network once
+    return "\n\n".join([
+        f"**Accuracy, fine-tuned; uncut: {mean_and_spread(uncut)} ({len(uncut)} seeds)**",
+        _by_size(small, mean_and_spread),
+        "**What is left of the uncut network, in percent: parameters / mult-adds / time of a batch**",
+        _by_size(chosen, lambda cell: " / ".join(_percent(cell, of) for of in ("parameters", "mult_adds", "time"))),
+        "**Channels of the four convolutions, means**",
+        _by_size(chosen, _widths),
+    ])  # fmt: skip
 
 
 def _by_size(runs: Sequence[Run], cell: Callable[[Sequence[Run]], str]) -> str:
     groups = grouped(runs, lambda run: (run["method"], run["size"]))
-    sizes = sorted({size for _, size in groups}, key=lambda size: -statistics.mean(_shares(runs, size)))
+    sizes = [KL_SIZE, *(f"{100 * share:g} %" for share in SHARES)]
     lines = ["| | " + " | ".join(sizes) + " |", "|---|" + "---:|" * len(sizes)]
     for method in dict.fromkeys(method for method, _ in groups):
         cells = [cell(groups[method, size]) if (method, size) in groups else "" for size in sizes]
@@ -365,8 +308,9 @@ def _by_size(runs: Sequence[Run], cell: Callable[[Sequence[Run]], str]) -> str:
     return "\n".join(lines)
 
 
-def _shares(runs: Sequence[Run], size: str) -> list[float]:
-    return [run[run["measure"]] for run in runs if run["size"] == size and run["method"] != MASK]
+def _widths(runs: Sequence[Run]) -> str:
+    convolutions = zip(*(run["widths"][:-1] for run in runs), strict=True)
+    return "-".join(f"{statistics.mean(layer):.0f}" for layer in convolutions)
 
 
 def _percent(runs: Sequence[Run], of: str) -> str:
@@ -378,59 +322,46 @@ MARKERS = "osv^DPX<>"
 
 
 def picture(runs: Sequence[Run]) -> Figure:
-    """Test error over what was made equal, a panel for each network and measure: means over seeds, bars from least to most."""
-    panels = grouped((run for run in runs if run["method"] != "uncut"), lambda run: (run["measure"], run["network"]))
-    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
-    for axes, ((measure, network), some) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        drawn: dict[str, int] = {}
-        methods = grouped(some, lambda run: (run["method"],))
-        for place, ((method,), of_method) in enumerate(methods.items()):
+    """Test error over parameters and over mult-adds: means over seeds, and bars from least to most."""
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    methods = grouped((run for run in runs if run["method"] != "uncut"), lambda run: (run["method"],))
+    uncut = statistics.mean(100 * (1 - run["accuracy"]) for run in runs if run["method"] == "uncut")
+    for axes, measure in zip(figure.subplots(1, 2, sharey=True), ("parameters", "mult_adds"), strict=True):
+        drawn: Counter[str] = Counter()
+        for (method,), of_method in methods.items():
+            if method == MASK and measure == "mult_adds":
+                continue  # it saves none
             tool = "PFA" if method in OURS else method.partition(":")[0]
-            drawn[tool] = drawn.get(tool, -1) + 1
-            sizes = sorted(
-                grouped(of_method, lambda run: (run["size"],)).values(), key=lambda cell: -statistics.mean(_where(cell, measure))
+            where = "not_zero" if method == MASK else measure
+            cells = sorted(
+                grouped(of_method, lambda run: (run["size"],)).values(),
+                key=lambda cell, where=where: statistics.mean(run[where] for run in cell),
             )
-            errors = [[100 * (1 - run["accuracy"]) for run in cell] for cell in sizes]
+            errors = [[100 * (1 - run["accuracy"]) for run in cell] for cell in cells]
             means = [statistics.mean(cell) for cell in errors]
+            least = [mean - min(cell) for mean, cell in zip(means, errors, strict=True)]
+            most = [max(cell) - mean for mean, cell in zip(means, errors, strict=True)]
             axes.errorbar(
-                [statistics.mean(_where(cell, measure)) * (1 + 0.012 * (place - len(methods) / 2)) for cell in sizes],
-                means,
-                yerr=(
-                    [mean - min(cell) for mean, cell in zip(means, errors, strict=True)],
-                    [max(cell) - mean for mean, cell in zip(means, errors, strict=True)],
-                ),
+                [statistics.mean(100 * run[where] for run in cell) for cell in cells], means, yerr=(least, most),
                 fmt=f"{MARKERS[drawn[tool]]}-", color=COLOURS[tool], label=method, markersize=4, linewidth=0.8, elinewidth=0.6,
-                alpha=0.9,
             )  # fmt: skip
-        uncut = [
-            100 * (1 - run["accuracy"])
-            for run in runs
-            if (run["method"], run["measure"], run["network"]) == ("uncut", measure, network)
-        ]
-        axes.axhline(statistics.mean(uncut), color="black", linestyle=":", linewidth=1, label="uncut")
-        of = measure.replace("_", "-")
-        axes.set(xlabel=f"% of {of}", ylabel="test error, %", title=network, xscale="log", yscale="log")
+            drawn[tool] += 1
+        axes.axhline(uncut, color="black", linestyle=":", linewidth=1, label="uncut")
+        axes.set(xlabel=f"% of the {measure.replace('_', '-')}", ylabel="test error, %", xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small")
     return figure
-
-
-def _where(runs: Sequence[Run], measure: str) -> list[float]:
-    """Shares of what is compared, in percent: a mask leaves as much of it as is not zero."""
-    return [100 * run["not_zero" if run["method"] == MASK else measure] for run in runs]
 
 
 def main() -> None:
     """Run what is asked for and not yet done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with MNIST; $LIT_COMPRESS_DATA or ./data by default")
-    parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead, for the convnet alone")
-    parser.add_argument("--networks", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="what is equal")
+    parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=8, help="of the full network")
     parser.add_argument("--fine_tune", type=int, default=4, help="epochs after the cut")
@@ -448,8 +379,8 @@ def main() -> None:
     )
     data.prepare_data()
     data.setup("fit")
-    for measure, network, seed in product(options.measures, options.networks, options.seeds):
-        Comparison(measure, network, seed, data, finished, options).run()
+    for seed in options.seeds:
+        Comparison(seed, data, finished, options).run()
     picture(finished.runs).savefig(options.out.with_suffix(".png"), dpi=110)
     print(tables(finished.runs))
 
