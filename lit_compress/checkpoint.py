@@ -118,6 +118,7 @@ def load_pruned(
         The network, cut and with its weights loaded: the given one, or a new one of the given class.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the weights do not fit the network, the file holds more than tensors and builtin types, or a state dict of
             a cut network comes without a recipe.
 
@@ -273,8 +274,14 @@ def read(path: str | Path) -> Mapping[str, Any]:
     """The content of a checkpoint on disk, on the CPU.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file holds more than tensors and builtin types.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}. A Trainer writes them into `checkpoints` in its logger's folder, such as "
+            "lightning_logs/version_0/checkpoints."
+        )
     try:
         content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
