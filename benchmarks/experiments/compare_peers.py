@@ -4,8 +4,8 @@
 
 Each seed trains a small convolutional network with batch norms. Every tool cuts copies of it, with nothing trained for the cut,
 to at most a share of the parameters; then all are fine-tuned with the same settings. The sizes are that of PFA-KL, which has no
-other, and shares. Writes OUT.json after every run (and goes on from it), OUT.png, and tables on the standard output. Tools that
-are not installed are left out: ``pip install lit-compress[peers]``.
+other, and shares. Writes OUT.json after every run (and goes on from it), OUT.png, and a section on the standard output, which
+``--write`` puts into docs/benchmarks.md. Tools that are not installed are left out: ``pip install lit-compress[peers]``.
 
 Torch-Pruning and fasterai are asked for channels: as in Torch-Pruning's own benchmark, they take a few more in each of 400 steps,
 until the target is met. Lightning's ModelPruning only sets weights to zero: its share is that of the weights that are not.
@@ -13,6 +13,7 @@ until the target is met. Lightning's ModelPruning only sets weights to zero: its
 
 import argparse
 import copy
+import os
 import statistics
 import tempfile
 from collections import Counter, OrderedDict
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, train
-from benchmarks.page import commit
+from benchmarks.page import PAGE, Section, commit, machine, write
 from benchmarks.peers import TOOLS
 from benchmarks.timing import Candidate, interleaved, threads
 from lit_compress import analyze, count_mult_adds, count_parameters
@@ -45,12 +46,14 @@ STEPS = 400  # of Torch-Pruning's benchmark, from the whole network to one chann
 LOOKS = 10  # batches whose gradients are taken, as there
 KL_SIZE = "PFA-KL's"
 SHARES = (0.1, 0.05, 0.02)
+SIZES = (KL_SIZE, *(f"{100 * share:g} %" for share in SHARES))
 OURS: dict[str, dict[str, Any]] = {
     "PFA": {},
     "PFA, compensated": {"compensate": True},
     "PFA, distilled": {"distill_from_unpruned": True},
     "PFA, both": {"compensate": True, "distill_from_unpruned": True},
 }
+CLAIM = "PFA, both"
 MASK = "Lightning: mask"
 
 Step = Callable[[], None]
@@ -214,8 +217,8 @@ class Comparison:
         accuracy = self._train(self.full, options.epochs)
         self.full.eval()
         pfa = analyze(self.full, data.analysis_dataloader())
-        self.sizes = {KL_SIZE: pfa.parameters(pfa.recipe()) / pfa.original("parameters")}
-        self.sizes |= {f"{100 * share:g} %": share for share in SHARES}
+        share_of_kl = pfa.parameters(pfa.recipe()) / pfa.original("parameters")
+        self.sizes = dict(zip(SIZES, (share_of_kl, *SHARES), strict=True))
         if not self._done("uncut", "100 %"):
             self._keep("uncut", "100 %", self.full, accuracy)
 
@@ -283,29 +286,57 @@ def widths(net: nn.Module) -> list[int]:
 # ---------------------------------------------------------------- what is shown
 
 
-def tables(runs: Sequence[Run]) -> str:
-    """By method and size: accuracy, and what else the networks have; as markdown."""
+def section(runs: Sequence[Run]) -> Section:
+    """The page's section about who is right how often at which size."""
     uncut = [run for run in runs if run["method"] == "uncut"]
     small = [run for run in runs if run["method"] != "uncut"]
     chosen = [run for run in small if run["method"] not in (*list(OURS)[1:], MASK)]  # each network once
-    return "\n\n".join([
-        f"**Accuracy, fine-tuned; uncut: {mean_and_spread(uncut)} ({len(uncut)} seeds)**",
-        _by_size(small, mean_and_spread),
-        "**What is left of the uncut network, in percent: parameters / mult-adds / time of a batch**",
-        _by_size(chosen, lambda cell: " / ".join(_percent(cell, of) for of in ("parameters", "mult_adds", "time"))),
-        "**Channels of the four convolutions, means**",
-        _by_size(chosen, _widths),
-    ])  # fmt: skip
+    versions = {tool: TOOLS[tool].version for tool in dict.fromkeys(method.partition(":")[0] for method in PEERS)}
+    return Section(
+        question="How good is a network that others cut to the same size?",
+        target=f"'{CLAIM}' at least equal to the best of the other tools that make networks smaller, at every size.",
+        tables={
+            f"Test accuracy, fine-tuned; mean (deviation) over seeds; uncut {mean_and_spread(uncut)}": _by_size(small, _accuracy),
+            "Left of the uncut network, in percent: parameters / mult-adds / time of a batch": _by_size(
+                chosen, lambda cell: " / ".join(_percent(cell, of) for of in ("parameters", "mult_adds", "time"))
+            ),
+            "Channels of the four convolutions, of 16-32-64-64": _by_size(chosen, _widths),
+        },
+        verdicts=[verdict(small, size) for size in SIZES],
+        settings={"seeds": " ".join(str(run["seed"]) for run in uncut), "threads": torch.get_num_threads(), **versions},
+    )
 
 
 def _by_size(runs: Sequence[Run], cell: Callable[[Sequence[Run]], str]) -> str:
     groups = grouped(runs, lambda run: (run["method"], run["size"]))
-    sizes = [KL_SIZE, *(f"{100 * share:g} %" for share in SHARES)]
-    lines = ["| | " + " | ".join(sizes) + " |", "|---|" + "---:|" * len(sizes)]
+    lines = ["| | " + " | ".join(SIZES) + " |", "|---|" + "---:|" * len(SIZES)]
     for method in dict.fromkeys(method for method, _ in groups):
-        cells = [cell(groups[method, size]) if (method, size) in groups else "" for size in sizes]
+        cells = [cell(groups[method, size]) if (method, size) in groups else "" for size in SIZES]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _accuracy(runs: Sequence[Run]) -> str:
+    return mean_and_spread(runs) + (f", {len(runs)} seed(s)" if len(runs) < 3 else "")
+
+
+def verdict(runs: Sequence[Run], size: str) -> str:
+    """Ours beside the best of the others at a size, by its mean, over the seeds that all of them have."""
+    found = {
+        method: {run["seed"]: 100 * run["accuracy"] for run in some}
+        for (method,), some in grouped(
+            (run for run in runs if run["size"] == size and run["method"] in (CLAIM, *PEERS)), lambda run: (run["method"],)
+        ).items()
+    }
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values()))) if CLAIM in found and len(found) > 1 else []
+    if not seeds:
+        return f"{size}: open, no seed has all methods"
+    means = {method: statistics.mean(by_seed[seed] for seed in seeds) for method, by_seed in found.items()}
+    best = max((method for method in means if method != CLAIM), key=lambda method: means[method])
+    differences = [found[CLAIM][seed] - found[best][seed] for seed in seeds]
+    spread = f" (deviation {statistics.stdev(differences):.2f})" if len(seeds) > 1 else ""
+    met = "met" if means[CLAIM] >= means[best] else "NOT met"
+    return f"{size}: {met}, {means[CLAIM] - means[best]:+.2f} points{spread} to {best}, {len(seeds)} seed(s)"
 
 
 def _widths(runs: Sequence[Run]) -> str:
@@ -368,8 +399,9 @@ def main() -> None:
     parser.add_argument("--train_size", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=10, help="of measuring the time")
     parser.add_argument("--out", type=Path, default=Path("compare_peers"))
+    parser.add_argument("--write", action="store_true", help="put the section into docs/benchmarks.md")
     options = parser.parse_args()
-    options.code = commit()
+    options.code, load = commit(), os.getloadavg()[0]
     quiet()
     finished = Finished(options.out.with_suffix(".json"))
     data = (
@@ -382,7 +414,10 @@ def main() -> None:
     for seed in options.seeds:
         Comparison(seed, data, finished, options).run()
     picture(finished.runs).savefig(options.out.with_suffix(".png"), dpi=110)
-    print(tables(finished.runs))
+    text = section(finished.runs).markdown("python -m benchmarks.experiments.compare_peers", machine(load))
+    print(text)
+    if options.write:
+        write(PAGE, "compare_peers", text)
 
 
 if __name__ == "__main__":
