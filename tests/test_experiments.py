@@ -189,6 +189,7 @@ def test_other_tools_are_compared_with_ours_and_a_run_goes_on(root, tmp_path):
     runs = json.loads((tmp_path / "c.json").read_text())
     there = {name for name in compare_peers.PEERS if not compare_peers.TOOLS[name.partition(":")[0]].missing}
     methods = {"uncut", *compare_peers.OURS, *there, compare_peers.MASK}
+    methods |= {compare_peers.AT_THEIR_WIDTHS} if compare_peers.WIDTHS_OF in there else set()
     assert {one["method"] for one in runs} == methods
     for size, share in zip(compare_peers.SIZES[1:], compare_peers.SHARES, strict=True):
         found = {one["method"]: one for one in runs if one["size"] == size}
@@ -203,7 +204,9 @@ def test_other_tools_are_compared_with_ours_and_a_run_goes_on(root, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(runs[:-2]))  # stopped before the last two
     shown = run(root, "compare_peers", arguments)
     lines = [line for line in shown.splitlines() if line.startswith("seed 0")]
-    assert [line.partition(": ")[2][: len(compare_peers.MASK)] for line in lines] == [compare_peers.MASK] * 2
+    assert [line.partition(": ")[2].partition(" at ")[0] for line in lines] == [
+        one["method"].partition(" at ")[0] for one in runs[-2:]
+    ]
 
 
 @pytest.mark.parametrize("method", list(compare_peers.PEERS))

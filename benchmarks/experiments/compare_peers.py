@@ -8,7 +8,8 @@ other, and shares. Writes OUT.json after every run (and goes on from it), OUT.pn
 ``--write`` puts into docs/benchmarks.md. Tools that are not installed are left out: ``pip install lit-compress[peers]``.
 
 Torch-Pruning and fasterai are asked for channels: as in Torch-Pruning's own benchmark, they take a few more in each of 400 steps,
-until the target is met. Lightning's ModelPruning only sets weights to zero: its share is that of the weights that are not.
+until the target is met. Networks of the widths that Torch-Pruning arrives at, with the channels that PFA chooses, tell what the
+choice is worth. Lightning's ModelPruning only sets weights to zero: its share is that of the weights that are not.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spr
 from benchmarks.page import PAGE, Section, commit, machine, write
 from benchmarks.peers import TOOLS
 from benchmarks.timing import Candidate, interleaved, threads
-from lit_compress import analyze, count_mult_adds, count_parameters
+from lit_compress import Recipe, analyze, count_mult_adds, count_parameters, cut
 from lit_compress.callbacks import PFAPruning
 from lit_compress.datamodules import DigitsDataModule, MNISTDataModule
 from lit_compress.models.convolution import conv_bn_relu, init_convolutions
@@ -54,6 +55,8 @@ OURS: dict[str, dict[str, Any]] = {
     "PFA, both": {"compensate": True, "distill_from_unpruned": True},
 }
 CLAIM = "PFA, both"
+WIDTHS_OF = "Torch-Pruning: magnitude"
+AT_THEIR_WIDTHS = f"PFA at the widths of {WIDTHS_OF}"
 MASK = "Lightning: mask"
 
 Step = Callable[[], None]
@@ -236,6 +239,24 @@ class Comparison:
                     self._keep(method, size, small, self._train(small, self.options.fine_tune))
         for size, share in self.sizes.items():
             self._tuned(MASK, size, MaskedFromTheStart(share))
+        self._at_their_widths()
+
+    def _at_their_widths(self) -> None:
+        """Networks of the widths that another tool gives each layer, with the channels that PFA chooses."""
+        theirs = {
+            run["size"]: run["widths"] for run in self.finished.runs if (run["seed"], run["method"]) == (self.seed, WIDTHS_OF)
+        }
+        for size in theirs:
+            if self._done(AT_THEIR_WIDTHS, size):
+                continue
+            pfa = analyze(self.full, self.data.analysis_dataloader())
+            keep = {
+                name: tuple(found.kept(width, 1, 1, torch.ones(len(found.group.classes), dtype=torch.bool)).tolist())
+                for (name, found), width in zip(pfa.rankings.items(), theirs[size], strict=False)  # but of the classes
+            }
+            net = copy.deepcopy(self.full)
+            cut(net, Recipe(keep=keep), example_of(self.data))
+            self._keep(AT_THEIR_WIDTHS, size, net, self._train(net, self.options.fine_tune))
 
     def _tuned(self, method: str, size: str, callback: pl.Callback) -> None:
         """A copy of the full network, fine-tuned with a callback that makes it smaller before the first step."""
@@ -290,7 +311,7 @@ def section(runs: Sequence[Run]) -> Section:
     """The page's section about who is right how often at which size."""
     uncut = [run for run in runs if run["method"] == "uncut"]
     small = [run for run in runs if run["method"] != "uncut"]
-    chosen = [run for run in small if run["method"] not in (*list(OURS)[1:], MASK)]  # each network once
+    chosen = [run for run in small if run["method"] not in (*list(OURS)[1:], MASK, AT_THEIR_WIDTHS)]  # each network once
     versions = {tool: TOOLS[tool].version for tool in dict.fromkeys(method.partition(":")[0] for method in PEERS)}
     return Section(
         question="How good is a network that others cut to the same size?",
@@ -355,7 +376,8 @@ MARKERS = "osv^DPX<>"
 def picture(runs: Sequence[Run]) -> Figure:
     """Test error over parameters and over mult-adds: means over seeds, and bars from least to most."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
-    methods = grouped((run for run in runs if run["method"] != "uncut"), lambda run: (run["method"],))
+    shown = (run for run in runs if run["method"] not in ("uncut", AT_THEIR_WIDTHS))
+    methods = grouped(shown, lambda run: (run["method"],))
     uncut = statistics.mean(100 * (1 - run["accuracy"]) for run in runs if run["method"] == "uncut")
     for axes, measure in zip(figure.subplots(1, 2, sharey=True), ("parameters", "mult_adds"), strict=True):
         drawn: Counter[str] = Counter()
