@@ -415,7 +415,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with MNIST; $LIT_COMPRESS_DATA or ./data by default")
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="none: only show what is there")
     parser.add_argument("--epochs", type=int, default=8, help="of the full network")
     parser.add_argument("--fine_tune", type=int, default=4, help="epochs after the cut")
     parser.add_argument("--train_size", type=int, default=5000)
