@@ -64,7 +64,7 @@ Step = Callable[[], None]
 
 
 def build(data: Any) -> nn.Module:
-    """Four convolutions of 16, 32, 64 and 64 channels, each with a batch norm, over two pools: 61,066 parameters on MNIST."""
+    """Four convolutions of 16, 32, 64 and 64 channels, each with a batch norm, over two pools: 61,050 parameters on MNIST."""
     net = nn.Sequential(
         OrderedDict[str, nn.Module](
             **conv_bn_relu("1", data.image_shape[0], 16),
@@ -219,8 +219,8 @@ class Comparison:
         self.full = build(data)
         accuracy = self._train(self.full, options.epochs)
         self.full.eval()
-        pfa = analyze(self.full, data.analysis_dataloader())
-        share_of_kl = pfa.parameters(pfa.recipe()) / pfa.original("parameters")
+        self.pfa = analyze(self.full, data.analysis_dataloader())
+        share_of_kl = self.pfa.parameters(self.pfa.recipe()) / self.pfa.original("parameters")
         self.sizes = dict(zip(SIZES, (share_of_kl, *SHARES), strict=True))
         if not self._done("uncut", "100 %"):
             self._keep("uncut", "100 %", self.full, accuracy)
@@ -249,10 +249,9 @@ class Comparison:
         for size in theirs:
             if self._done(AT_THEIR_WIDTHS, size):
                 continue
-            pfa = analyze(self.full, self.data.analysis_dataloader())
             keep = {
                 name: tuple(found.kept(width, 1, 1, torch.ones(len(found.group.classes), dtype=torch.bool)).tolist())
-                for (name, found), width in zip(pfa.rankings.items(), theirs[size], strict=False)  # but of the classes
+                for (name, found), width in zip(self.pfa.rankings.items(), theirs[size], strict=False)  # all but the classes
             }
             net = copy.deepcopy(self.full)
             cut(net, Recipe(keep=keep), example_of(self.data))
