@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,8 +119,9 @@ def load_pruned(
         The network, cut and with its weights loaded: the given one, or a new one of the given class.
 
     Raises:
-        ValueError: If the weights do not fit the network, the file holds more than tensors and builtin types, or a state dict of
-            a cut network comes without a recipe.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the weights do not fit the network, the constructor takes more than the checkpoint holds, the file holds
+            more than tensors and builtin types, or a state dict of a cut network comes without a recipe.
 
     Example:
         >>> import torch
@@ -273,20 +275,32 @@ def read(path: str | Path) -> Mapping[str, Any]:
     """The content of a checkpoint on disk, on the CPU.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file holds more than tensors and builtin types.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}. A Trainer writes them into `checkpoints` in its logger's folder, such as "
+            "lightning_logs/version_0/checkpoints."
+        )
     try:
         content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        example = f", such as {found[1]}," if found else ","
         raise ValueError(
-            f"{path} holds more than tensors and builtin types, and loading it could run code: {error} "
-            "If you trust it, pass `torch.load(path, weights_only=False)` instead of the path."
+            f"{path} holds more than tensors and builtin types{example} and loading it could run code. If you trust it, pass "
+            "`torch.load(path, weights_only=False)` instead of the path."
         ) from error
     return content
 
 
 def _build(kind: type[Network], content: Mapping[str, Any], init: dict[str, Any]) -> Network:
-    """An instance of a class, from the hyperparameters of its checkpoint and further arguments."""
+    """An instance of a class, from the hyperparameters of its checkpoint and further arguments.
+
+    Raises:
+        ValueError: If the constructor takes more, or one of the hyperparameters is a network, which was cut before it was saved.
+    """
     stored = dict(content.get("hyper_parameters", {}))
     parameters = inspect.signature(kind).parameters
     from_config = stored.pop("_instantiator", None) == "pytorch_lightning.cli.instantiate_module"
@@ -294,6 +308,15 @@ def _build(kind: type[Network], content: Mapping[str, Any], init: dict[str, Any]
     if (holder := content.get("hparams_name")) in parameters and holder not in open_ended:  # one argument that holds them all
         stored = {holder: stored}
     arguments = {name: value for name, value in stored.items() if open_ended or name in parameters} | init
+    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    needed = {name for name, one in parameters.items() if one.kind in named and one.default is inspect.Parameter.empty}
+    cut_already = {name for name, value in arguments.items() if isinstance(value, nn.Module)} if read_plan(content) else set()
+    if lacking := sorted((needed - arguments.keys()) | (cut_already - init.keys())):
+        given = ", ".join(f"{name}=…" for name in lacking)
+        raise ValueError(
+            f"The constructor of {kind.__name__} takes {lacking}, which the checkpoint does not hold, or not as before the cut. "
+            f"Give them, as in `load_pruned({kind.__name__}, checkpoint, {given})`, or an instance instead of the class."
+        )
     if from_config:  # written by a LightningCLI: networks among the arguments are still `class_path` and `init_args`
         from pytorch_lightning.cli import instantiate_module
 

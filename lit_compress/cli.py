@@ -42,7 +42,10 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With status 0 after ``--help``, 2 if the arguments are wrong, and 1 with one line on the standard error if
             the run fails over something that the user can change. Set ``LIT_COMPRESS_TRACEBACK=1`` to see where.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        args = sys.argv[1:]
+        sys.path.insert(0, os.getcwd())  # as for `python -m`: a config may name a module of the user's that lies here
+    args = list(args)
     if not args or args[0] in ("-h", "--help"):
         print(_HELP, end="")
         raise SystemExit(0 if args else 2)
@@ -63,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
             import_module(f"lit_compress.commands.{args[0]}").main(args[1:])
         else:
             import_module("lit_compress.commands.lightning").lightning_cli(args)
-    except (ValueError, MisconfigurationException, OSError) as error:
+    except (ValueError, MisconfigurationException, OSError, ImportError) as error:
         if os.environ.get("LIT_COMPRESS_TRACEBACK"):
             raise
         print(f"lit-compress: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -154,7 +155,7 @@ def test_a_report_tells_how_to_repeat_the_run(run, capsys):
         (["analyze"], 2, "--config"),
         (["fit", "--config", str(DIGITS), "--trainer.callbacks.init_args.at_epoch", "99"], 1, "training ends after 40 epochs"),
         (["fit", "--config", str(DIGITS), "--trainer.callbacks.init_args.keep_params", "1.5"], None, "must lie in"),
-        (["analyze", "--config", str(DIGITS), "--ckpt", "nowhere.ckpt"], 1, "nowhere.ckpt"),
+        (["analyze", "--config", str(DIGITS), "--ckpt", "nowhere.ckpt"], 1, "no checkpoint nowhere.ckpt"),
         (["analyze", "--config", str(DIGITS), "--ckpt", "."], 1, "Is a directory"),
         (["analyze", "--config", str(DIGITS), "--keep_params", "0.00001"], 1, "cannot be reached"),
     ],
@@ -174,6 +175,31 @@ def test_a_mistake_is_told_in_one_line(arguments, status, said, tmp_path, monkey
         assert [line for line in errors.splitlines() if line.startswith("lit-compress: error:")] == errors.strip().splitlines()[
             -1:
         ]
+
+
+def test_packages_that_are_missing_are_told_in_one_line(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "--config", str(DIGITS), "--ckpt", checkpoint_of(run), "--out", "model.onnx"])
+    assert stopped.value.code == 1
+    assert "pip install 'lit-compress[export]'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_may_name_a_module_that_lies_where_the_command_is_run(tmp_path):
+    """The folder of an installed command, which Python looks in instead, is another one."""
+    here, command = tmp_path / "here", tmp_path / "bin" / "lit-compress"
+    here.mkdir()
+    command.parent.mkdir()
+    command.write_text("from lit_compress.cli import main; main()")
+    (here / "mine.py").write_text(
+        "from lit_compress.datamodules import DigitsDataModule\n\n\nclass Digits(DigitsDataModule):\n    pass\n"
+    )
+    arguments = ["fit", "--config", str(DIGITS), "--data.class_path", "mine.Digits", "--print_config"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(
+        [sys.executable, str(command), *arguments], cwd=here, env=environ, capture_output=True, text=True, check=False
+    )
+    assert "class_path: mine.Digits" in shown.stdout, shown.stderr
 
 
 def test_help_does_not_wait_for_torch():

@@ -6,9 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
 
+from benchmarks.experiments import compare_peers
 from benchmarks.experiments.pedestrian_students import compared
+from lit_compress import count_parameters
+from lit_compress.datamodules import DigitsDataModule
 
 
 def run(root, experiment, arguments):
@@ -174,6 +180,83 @@ def test_all_methods_are_compared_on_digits_at_equal_size(root, tmp_path):
         assert all(0.9 * share < found <= share for found in sizes.values()), sizes
     assert "| 20 % | VIB |" in shown
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_other_tools_are_compared_with_ours_and_a_run_goes_on(root, tmp_path):
+    arguments = ["--digits", "--seeds", "0", "--epochs", "1", "--fine_tune", "1", "--rounds", "1", "--out", str(tmp_path / "c")]
+    shown = run(root, "compare_peers", arguments)
+    runs = json.loads((tmp_path / "c.json").read_text())
+    there = {name for name in compare_peers.PEERS if not compare_peers.TOOLS[name.partition(":")[0]].missing}
+    methods = {"uncut", *compare_peers.OURS, *there, compare_peers.MASK}
+    methods |= {compare_peers.AT_THEIR_WIDTHS} if compare_peers.WIDTHS_OF in there else set()
+    assert {one["method"] for one in runs} == methods
+    for size, share in zip(compare_peers.SIZES[1:], compare_peers.SHARES, strict=True):
+        found = {one["method"]: one for one in runs if one["size"] == size}
+        assert found.keys() == methods - {"uncut"}
+        masked = found.pop(compare_peers.MASK)
+        assert all(0.8 * share < one["parameters"] <= share for one in found.values()), found
+        assert masked["parameters"] == 1
+        assert masked["not_zero"] == pytest.approx(share, rel=0.02)
+    assert "| PFA, both |" in shown
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+    (tmp_path / "c.json").write_text(json.dumps(runs[:-2]))  # stopped before the last two
+    shown = run(root, "compare_peers", arguments)
+    lines = [line for line in shown.splitlines() if line.startswith("seed 0")]
+    assert [line.partition(": ")[2].partition(" at ")[0] for line in lines] == [
+        one["method"].partition(" at ")[0] for one in runs[-2:]
+    ]
+
+
+@pytest.mark.parametrize("method", list(compare_peers.PEERS))
+def test_a_tool_takes_channels_until_a_share_is_met_and_leaves_the_classes(method):
+    for module in compare_peers.TOOLS[method.partition(":")[0]].modules:
+        pytest.importorskip(module)
+    torch.manual_seed(0)
+    data = DigitsDataModule(batch_size=8, train_size=160)
+    data.setup("fit")
+    net = compare_peers.build(data).eval()
+    for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)  # a tool that ranks by scales cannot tell equal ones apart
+    whole, step = count_parameters(net), compare_peers.PEERS[method](net, data)
+    shares = {"a tenth": 0.1, "half": 0.5}
+    small = dict(compare_peers.on_the_way_down(net, step, shares))
+    for size, share in shares.items():
+        assert 0.8 * share < count_parameters(small[size]) / whole <= share
+        assert small[size](compare_peers.example_of(data)).shape == (2, 10)
+
+
+def test_squared_gradients_are_means_over_samples():
+    torch.manual_seed(0)
+    data = DigitsDataModule(batch_size=4, train_size=100)
+    data.setup("fit")
+    net = compare_peers.build(data).eval()
+    images, labels = (torch.cat(parts) for parts in zip(*compare_peers.looks(data), strict=True))
+    assert len(images) == 40
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(parameters, image, label):
+        return F.cross_entropy(functional_call(net, parameters, image[None]), label[None])
+
+    expected = vmap(grad(loss), (None, 0, 0))(parameters, images, labels)
+    compare_peers.with_squared_gradients(net, data)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad**2, expected[name].square().mean(0), rtol=1e-3, atol=1e-10)
+
+
+def test_ours_is_judged_by_the_best_of_the_others_on_the_seeds_that_all_have():
+    """By hand: over seeds 0 and 1, ours has 95 %, the tools 94 and 95.5 %; seed 2 is not finished."""
+    accuracies = {"PFA, both": (0.94, 0.96, 0.5), "Torch-Pruning: LAMP": (0.93, 0.95), "Torch-Pruning: Taylor": (0.945, 0.965)}
+    runs = [
+        {"method": method, "size": "5 %", "seed": seed, "accuracy": accuracy}
+        for method, by_seed in accuracies.items()
+        for seed, accuracy in enumerate(by_seed)
+    ]
+    told = compare_peers.verdict(runs, "5 %")
+    assert told == "5 %: NOT met, -0.50 points (deviation 0.00) to Torch-Pruning: Taylor, 2 seed(s)"
+    assert compare_peers.verdict(runs[:5], "5 %").startswith("5 %: met, +1.00 points")
+    assert compare_peers.verdict(runs, "2 %").startswith("2 %: open")
 
 
 @pytest.mark.long

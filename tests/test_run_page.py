@@ -449,7 +449,8 @@ def test_a_resumed_run_tells_the_cuts_of_the_run_before_it(tmp_path):
     shown = parsed(then)
     assert [cells[0] for cells in shown.table("before epoch").values()] == ["1", "2"]
     assert list(shown.table("built with")) == ["net.0", "net.2", "net.4"]
-    assert "load_pruned(YourModule" in shown.text
+    assert "load_pruned(Small, " in shown.text
+    assert 'export(model, inputs, "model.onnx")' in shown.text
 
 
 def test_a_network_that_was_cut_before_the_run_is_told_from_its_checkpoint(tmp_path):

@@ -254,16 +254,19 @@ def _repeat(run: Run) -> str:
     if command := run.summary.get("environment", {}).get("command"):
         parts.append(f"<p>What it was started with:</p>{block(command)}")
     if run.checkpoints and run.recipe is not None:
+        module = run.summary.get("network", "YourModule").partition(" ")[0]
         loading = (
             "from lit_compress import load_pruned\n\n"
             "# the module's class, or an instance as its constructor builds it\n"
-            f"model = load_pruned(YourModule, {str(run.checkpoints[0])!r})"
+            f"model = load_pruned({module}, {str(run.checkpoints[0])!r})"
         )
         parts.append(f"<p>The small network in Python:</p>{block(loading)}")
         if config is not None:
             export = ["lit-compress", "export", "--config", str(config), "--ckpt", str(run.checkpoints[0])]
             deploy = shlex.join([*export, "--out", "model.onnx", "--verify"])
-            parts.append(f"<p>To deploy it:</p>{block(deploy)}")
+        else:
+            deploy = 'from lit_compress.export import export\n\nexport(model, inputs, "model.onnx")  # with a batch of its inputs'
+        parts.append(f"<p>To deploy it:</p>{block(deploy)}")
     return "".join(parts)
 
 
