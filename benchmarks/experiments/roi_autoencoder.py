@@ -187,7 +187,7 @@ def interval(values: Sequence[float]) -> str:
 def table(done: Sequence[Run]) -> str:
     """Means with intervals over seeds, and beside the baseline of the same seed, as markdown."""
     lines = [
-        "| images | arm | gradient's share | decoders by | training images | held-out images | beside the baseline | CPU min | seeds |",
+        "| images | arm | share | decoders by | training images | held-out images | beside the baseline | CPU minutes | seeds |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     baseline = {(one["images"], one["seed"]): one["test"] for one in done if one["arm"] == "baseline"}
