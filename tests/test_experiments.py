@@ -259,7 +259,12 @@ def test_table_3_1_runs_on_drawn_streets_and_goes_on_where_it_was_stopped(root, 
 @pytest.mark.long
 def test_a_detector_is_trained_cut_and_taught_and_goes_on_where_it_was_stopped(root, tmp_path):
     out = tmp_path / "p.json"
-    few = ["--trainer.max_epochs=4", "--data.train_size=80", "--data.val_size=8", "--model.net.init_args.backbone.init_args.width=0.125"]
+    few = [
+        "--trainer.max_epochs=4",
+        "--data.train_size=80",
+        "--data.val_size=8",
+        "--model.net.init_args.backbone.init_args.width=0.125",
+    ]
     arguments = ["--seeds", "0", "--epochs", "1", "--test_images", "8", "--work", str(tmp_path / "work")]
     arguments += ["--out", str(out.with_suffix("")), *few]
     run(root, "pruned_detector", arguments)

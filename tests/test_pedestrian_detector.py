@@ -579,23 +579,21 @@ def test_says_what_is_wrong(call, message):
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
 
-def test_the_config_trains_on_streets_with_pictures(root, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "also"),
+    [("pedestrians_synthetic", []), ("roiae_synthetic", ["--trainer.callbacks.init_args.draw_every_n_epochs=1"])],
+)
+def test_the_configs_train_on_streets_with_pictures(name, also, root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = root / "configs" / "pedestrians_synthetic.yaml"
-    few = [
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.check_val_every_n_epoch",
-        "1",
-        "--data.train_size",
-        "16",
-        "--data.val_size",
-        "4",
-    ]
+    config = root / "configs" / f"{name}.yaml"
+    few = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--data.train_size=16", "--data.val_size=4", *also]
     main(["fit", "--config", str(config), *few, *QUIET])
-    (run,) = (tmp_path / "lit_compress_runs" / "pedestrians_synthetic").iterdir()
-    assert "val/miss_rate" in (run / "metrics.csv").read_text()
+    (run,) = (tmp_path / "lit_compress_runs" / name).iterdir()
+    logged = (run / "metrics.csv").read_text()
+    assert "val/miss_rate" in logged
     assert (run / "compress" / "val_detections.png").stat().st_size > 1000
+    assert ("train/roiae/end_to_end" in logged) is bool(also)
+    assert len(list(run.glob("compress/roiae_reconstructions_*.png"))) == len(also)
     (checkpoint,) = (run / "checkpoints").iterdir()
     main(["test", "--config", str(config), *few, "--data.test_size", "4", *QUIET, "--ckpt_path", str(checkpoint)])
     assert "test/miss_rate" in capsys.readouterr().out
