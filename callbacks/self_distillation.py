@@ -179,7 +179,7 @@ class SelfDistillation:
         if seen.depth == 0 and OUTPUT in student_taps(self.terms) and not isinstance(output, Tensor):
             raise MisconfigurationException(
                 f"`distill_from_unpruned` reads what {_called(name)} gives, but that is a {type(output).__name__} and no tensor. "
-                'Name layers inside it, by terms such as `[Hint("score")]` for the layer `score`.'
+                'Name layers inside it, by terms such as `[ScoreDivergence("score")]` for a layer `score`.'
             )
 
     def _loss(self, module: LightningModule, seen: _Seen) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from lit_compress.detection import (
 )
 from lit_compress.detection.backbones import load_backbone, measured
 from lit_compress.detection.objective import persons_to_learn
-from lit_compress.losses import AttentionTransfer, Hint
+from lit_compress.losses import AttentionTransfer, Hint, ScoreDivergence
 from lit_compress.metrics import LogAverageMissRate
 from lit_compress.models import AlexNetEncoder, VGGEncoder
 from lit_compress.modules import LitPedestrianDetector
@@ -466,11 +466,8 @@ def test_a_detector_is_pruned_in_a_run(tmp_path):
         torch.testing.assert_close(one, other)
 
 
-RESPONSES = [Hint("score", name="score"), Hint("box", name="box")]
-
-
 def test_a_pruned_detector_learns_from_the_unpruned_one_scores_and_reloads(tmp_path):
-    terms = [*RESPONSES, AttentionTransfer(["backbone.macro4"])]
+    terms = [ScoreDivergence("score", weight=4.0), Hint("box"), AttentionTransfer(["backbone.macro4"])]
     detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
     before = sum(parameter.numel() for parameter in detector.net.parameters())
     pruning = PFAPruning(keep_params=0.6, at_epoch=1, distill_from_unpruned=terms)
@@ -479,7 +476,7 @@ def test_a_pruned_detector_learns_from_the_unpruned_one_scores_and_reloads(tmp_p
     run.fit(detector, data)
     assert sum(parameter.numel() for parameter in detector.net.parameters()) <= 0.6 * before
     learnt = {name for name in run.callback_metrics if name.startswith("train/unpruned/")}
-    assert learnt == {f"train/unpruned/{name}" for name in ("score", "box", "attention_transfer/backbone.macro4")}
+    assert learnt == {f"train/unpruned/{name}" for name in ("score_divergence", "hint", "attention_transfer/backbone.macro4")}
     assert all(run.callback_metrics[name] > 0 for name in learnt)
     (scored,) = run.test(detector, data, verbose=False)
     path = run.checkpoint_callback.best_model_path
