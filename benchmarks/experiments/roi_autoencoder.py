@@ -175,19 +175,19 @@ def miss_rate(net: nn.Module, data: PedestrianDataModule, split: Split) -> float
     return float(metric.compute())
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean of fractions and, of several, the 95 % interval of it, in percent."""
-    mean = 100 * statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.1f} %"
-    half = 100 * stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / sqrt(len(values))
-    return f"{mean:.1f} ± {half:.1f} %"
+def interval(fractions: Sequence[float], sign: str = "") -> str:
+    """Mean and its 95 % interval (Student's t), in percent; of fewer than three, themselves."""
+    values = [100 * fraction for fraction in fractions]
+    if len(values) < 3:
+        return ", ".join(f"{value:{sign}.1f}" for value in values)
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / sqrt(len(values))
+    return f"{statistics.mean(values):{sign}.1f} ± {half:.1f}"
 
 
 def table(done: Sequence[Run]) -> str:
-    """Means with intervals over seeds, and beside the baseline of the same seed, as markdown."""
+    """Miss rates in percent with intervals over seeds, and points above the baseline of the same seed, as markdown."""
     lines = [
-        "| images | arm | share | decoders by | training images | held-out images | beside the baseline | CPU minutes | seeds |",
+        "| images | arm | share | decoders by | training, % | held out, % | above the baseline, points | CPU minutes | seeds |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     baseline = {(one["images"], one["seed"]): one["test"] for one in done if one["arm"] == "baseline"}
@@ -196,7 +196,7 @@ def table(done: Sequence[Run]) -> str:
         beside = [one["test"] - baseline[pair] for one in runs if (pair := (one["images"], one["seed"])) in baseline]
         cells = [images, arm, share if share != "0.0" else "", decoders]
         cells += [interval([one[split] for one in runs]) for split in ("train", "test")]
-        cells.append(interval(beside) if beside and arm != "baseline" else "")
+        cells.append(interval(beside, "+") if beside and arm != "baseline" else "")
         cells += [f"{statistics.mean(one['cpu_minutes'] for one in runs):.1f}", str(len(runs))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
