@@ -19,7 +19,7 @@ from lit_compress.losses.terms import Readings, loss_parts, student_taps, teache
 from lit_compress.plan import plan_of
 from lit_compress.slicing import all_tensors
 from lit_compress.snapshot import Snapshot
-from lit_compress.taps import Taps
+from lit_compress.taps import OUTPUT, Taps
 from lit_compress.teacher import Teacher
 
 NAME = "unpruned"
@@ -141,7 +141,7 @@ class SelfDistillation:
         with ExitStack() as stack:
             for name, layer in self._candidates(module):
                 stack.callback(layer.register_forward_pre_hook(partial(self._enter, seen, stack, name), with_kwargs=True).remove)
-                stack.callback(layer.register_forward_hook(partial(_leave, seen)).remove)
+                stack.callback(layer.register_forward_hook(partial(self._leave, seen, name)).remove)
             yield seen
 
     def _candidates(self, module: LightningModule) -> list[tuple[str, nn.Module]]:
@@ -169,10 +169,18 @@ class SelfDistillation:
                 return
             if self._teacher is None:
                 self._teacher = teacher_for(self._unpruned.get_submodule(name), self.terms)
+            seen.theirs = self._teacher.read(*inputs, **named)  # first: it leaves no activations behind
         except ValueError as error:
             raise MisconfigurationException(f"`distill_from_unpruned`: {error}") from error
-        seen.theirs = self._teacher.read(*inputs, **named)  # first: it leaves no activations behind
         seen.ours = stack.enter_context(Taps(layer, taps).reading())
+
+    def _leave(self, seen: _Seen, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        seen.depth -= 1
+        if seen.depth == 0 and OUTPUT in student_taps(self.terms) and not isinstance(output, Tensor):
+            raise MisconfigurationException(
+                f"`distill_from_unpruned` reads what {_called(name)} gives, but that is a {type(output).__name__} and no tensor. "
+                'Name layers inside it, by terms such as `[ScoreDivergence("score")]` for a layer `score`.'
+            )
 
     def _loss(self, module: LightningModule, seen: _Seen) -> dict[str, Tensor]:
         if seen.network is None and (self._network is None or not self.lacks_teacher):
@@ -193,10 +201,6 @@ def by_default() -> KnowledgeDistillation:
     LeNet-5 diverge, right after a cut, at the rate that it was trained with.
     """
     return KnowledgeDistillation(temperature=4.0, alpha=1.0, form="zagoruyko", weight=0.25)
-
-
-def _leave(seen: _Seen, layer: nn.Module, inputs: Any, output: Any) -> None:
-    seen.depth -= 1
 
 
 def _called(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_compress import rng
 from lit_compress.statistics.covariance import with_float64
 from lit_compress.taps import OUTPUT, Taps
 
@@ -112,7 +113,8 @@ class Teacher:
         return {name: torch.cat([part[name] for part in parts]) for name in self.readings}
 
     def _plain(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Tensor]:
-        with torch.no_grad(), self._reader.reading() as found:
+        # What draws in evaluation mode, as a detector that chooses boxes to look at, draws the same for the student.
+        with torch.no_grad(), rng.isolated(), self._reader.reading() as found:
             self.network(*inputs, **named)
         return {name: found[name] for name in self.taps}
 

@@ -13,6 +13,7 @@ from scipy.spatial.distance import mahalanobis as scipy_mahalanobis
 from scipy.special import log_softmax, softmax
 from torch import nn
 from torch.autograd import gradcheck
+from torch.distributions import Bernoulli, kl_divergence
 from torch.nn import functional as F
 
 from lit_compress.losses import (
@@ -25,6 +26,7 @@ from lit_compress.losses import (
     attention_transfer,
     hint,
     knowledge_distillation,
+    score_divergence,
     teacher_confidence,
 )
 from lit_compress.losses.confidence import mahalanobis
@@ -146,6 +148,21 @@ def test_attention_of_a_silent_map_is_finite():
     assert silent.grad.isfinite().all()
 
 
+# ---------------------------------------------------------------- yes-or-no scores
+
+
+def test_the_divergence_of_scores_is_that_of_bernoulli_variables_with_a_bounded_gradient():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 6 * torch.randn(2, 2, 3, 4, 5, dtype=torch.float64, generator=generator)
+    found = score_divergence(student.requires_grad_(), teacher)
+    expected = kl_divergence(Bernoulli(logits=teacher), Bernoulli(logits=student)).mean()
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    torch.testing.assert_close(student.grad, (student.detach().sigmoid() - teacher.sigmoid()) / 120)
+    assert score_divergence(teacher, teacher) == 0
+    assert score_divergence(student, teacher) != score_divergence(teacher, student)
+
+
 # ---------------------------------------------------------------- hint and confidence
 
 
@@ -220,6 +237,7 @@ def test_as_many_passes_as_dimensions_are_refused(passes):
         (lambda: attention_transfer(torch.zeros(2, 3), torch.zeros(2, 3)), r"Tap layers that give maps"),
         (lambda: attention_transfer(torch.zeros(2, 3, 4), torch.zeros(3, 3, 4)), r"of one batch but got shapes \(2, 3, 4\)"),
         (lambda: hint(torch.zeros(2, 3), torch.zeros(2, 4)), r"\(2, 3\) and \(2, 4\)"),
+        (lambda: score_divergence(torch.zeros(2, 3), torch.zeros(2, 4)), r"logits of one shape but got \(2, 3\) and \(2, 4\)"),
         (lambda: mahalanobis(torch.zeros(2, 3), torch.zeros(3, 3), torch.eye(3).expand(3, 3, 3)), r"\(2, 3\), \(3, 3\)"),
         (lambda: teacher_confidence(torch.zeros(2, 3), torch.randn(9, 2, 3), ridge=0), "`ridge` must be positive but got 0"),
     ],

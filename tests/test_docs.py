@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-METHODS = ["pfa", "methods", "compressed_layers", "distillation", "budget", "jpeg", "pedestrians"]
+METHODS = ["pfa", "methods", "compressed_layers", "distillation", "budget", "jpeg", "pedestrians", "roi_autoencoder"]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
 
 

@@ -330,10 +330,42 @@ def test_table_3_1_runs_on_drawn_streets_and_goes_on_where_it_was_stopped(root, 
     runs = json.loads(out.read_text())
     assert [one["arm"] for one in runs] == ["baseline", "without BatchNorm", "SWWAE", "ROIAE"]
     assert all(0 <= one[split] <= 1 for one in runs for split in ("train", "test"))
-    assert "| 8 | ROIAE | 0.1 | adam |" in shown
+    assert "| 8 streets | ROIAE | 0.1 | adam |" in shown
 
     out.write_text(json.dumps(runs[:-1]))  # stopped before the last
     shown = run(root, "roi_autoencoder", arguments)
     assert [line.partition("'arm': ")[2][:7] for line in shown.splitlines() if line.startswith("done")] == ["'ROIAE'"]
     again = json.loads(out.read_text())
-    assert [{**one, "minutes": 0} for one in again] == [{**one, "minutes": 0} for one in runs]
+    assert [{**one, "cpu_minutes": 0} for one in again] == [{**one, "cpu_minutes": 0} for one in runs]
+
+
+@pytest.mark.long
+def test_a_detector_is_trained_cut_and_taught_and_goes_on_where_it_was_stopped(root, tmp_path):
+    out = tmp_path / "p.json"
+    few = [
+        "--trainer.max_epochs=4",
+        "--data.train_size=80",
+        "--data.val_size=8",
+        "--model.net.init_args.backbone.init_args.width=0.125",
+    ]
+    arguments = ["--seeds", "0", "--epochs", "1", "--test_images", "8", "--work", str(tmp_path / "work")]
+    arguments += ["--out", str(out.with_suffix("")), *few]
+    run(root, "pruned_detector", arguments)
+    runs = json.loads(out.read_text())
+    assert [one["arm"] for one in runs] == [
+        "as trained",
+        "trained on, uncut",
+        "cut, labels",
+        "cut, labels and the unpruned detector",
+    ]
+    assert [one["parameters"] < 0.26 * runs[0]["parameters"] for one in runs] == [False, False, True, True]
+    assert [one["mult_adds"] < runs[0]["mult_adds"] for one in runs] == [False, False, True, True]
+    assert runs[2]["right_after"] == runs[3]["right_after"], "the same cut"
+
+    out.write_text(json.dumps(runs[:-1]))  # stopped before the last
+    shown = run(root, "pruned_detector", arguments)
+    assert [line.partition(":")[0] for line in shown.splitlines() if line.startswith("seed")] == [
+        "seed 0, cut, labels and the unpruned detector"
+    ]
+    timeless = [[{**one, "cpu_minutes": 0} for one in some] for some in (runs, json.loads(out.read_text()))]
+    assert timeless[0] == timeless[1]

@@ -1,11 +1,13 @@
 """Detectors of pedestrians: their losses against plain loops, their lives in a Trainer, and what they see of drawn streets."""
 
 import csv
+from copy import deepcopy
 from math import exp, inf, log
 
 import pytest
 import torch
 import torchvision
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
@@ -28,11 +30,13 @@ from lit_compress.detection import (
 )
 from lit_compress.detection.backbones import load_backbone, measured
 from lit_compress.detection.objective import persons_to_learn
+from lit_compress.losses import AttentionTransfer, Hint, ScoreDivergence
 from lit_compress.metrics import LogAverageMissRate
 from lit_compress.models import AlexNetEncoder, VGGEncoder
 from lit_compress.modules import LitPedestrianDetector
 from lit_compress.pedestrians import Detections, Subset, write_results
 from lit_compress.taps import Taps
+from lit_compress.teacher import Teacher
 from tests.caltech_files import picture, write_seq, write_vbb
 
 MEAN, STD = (torch.tensor(row).view(3, 1, 1) for row in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))  # ImageNet's
@@ -462,6 +466,52 @@ def test_a_detector_is_pruned_in_a_run(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+def test_a_pruned_detector_learns_from_the_unpruned_one_scores_and_reloads(tmp_path):
+    terms = [ScoreDivergence("score", weight=4.0), Hint("box"), AttentionTransfer(["backbone.macro4"])]
+    detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
+    before = sum(parameter.numel() for parameter in detector.net.parameters())
+    pruning = PFAPruning(keep_params=0.6, at_epoch=1, distill_from_unpruned=terms)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[pruning])
+    data = streets(train_size=80)
+    run.fit(detector, data)
+    assert sum(parameter.numel() for parameter in detector.net.parameters()) <= 0.6 * before
+    learnt = {name for name in run.callback_metrics if name.startswith("train/unpruned/")}
+    assert learnt == {f"train/unpruned/{name}" for name in ("score_divergence", "hint", "attention_transfer/backbone.macro4")}
+    assert all(run.callback_metrics[name] > 0 for name in learnt)
+    (scored,) = run.test(detector, data, verbose=False)
+    path = run.checkpoint_callback.best_model_path
+    again = LitPedestrianDetector.load_from_checkpoint(path, net=rpn(), subset=SMALL).eval()
+    assert trainer(tmp_path / "again").test(again, data, verbose=False) == [scored]
+    images, _ = next(iter(data.test_dataloader()))
+    for one, other in zip(detector.eval()(images), again(images), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("at_epoch", "text"), [(1, "'net' gives, but that is a dict and no tensor"), (0, "gives a dict")])
+def test_a_detectors_output_cannot_be_softened_which_is_said_with_the_way_out(at_epoch, text, tmp_path):
+    """At once; where the cut comes before any step, in the first one."""
+    detector = LitPedestrianDetector(rpn(), subset=SMALL, pictures=0)
+    pruning = PFAPruning(keep_params=0.6, at_epoch=at_epoch, distill_from_unpruned=True)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[pruning])
+    with pytest.raises(MisconfigurationException, match=rf"`distill_from_unpruned`.* {text}.*[Nn]ame.* layer"):
+        run.fit(detector, streets(train_size=80))
+    assert run.global_step == 0
+
+
+def test_a_teacher_looks_at_the_boxes_that_its_student_draws(proposed):
+    net = fast_rcnn(positives=1, negatives=2).eval()
+    teacher = Teacher(deepcopy(net), ["score", "box"])
+    images, targets = next(iter(proposed.val_dataloader()))
+    drawn = []
+    for _ in range(8):
+        theirs = teacher.read(images, targets=targets)
+        with Taps(net, ["score", "box"]).reading() as ours:
+            net(images, targets=targets)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        drawn.append(ours["score"].tolist())
+    assert any(one != drawn[0] for one in drawn), "nothing was drawn"
+
+
 def test_a_fast_rcnn_is_pruned_in_a_run(tmp_path, proposed):
     detector = LitPedestrianDetector(fast_rcnn(), subset=SMALL, pictures=0)
     before = sum(parameter.numel() for parameter in detector.net.parameters())
@@ -526,23 +576,21 @@ def test_says_what_is_wrong(call, message):
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
 
-def test_the_config_trains_on_streets_with_pictures(root, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "also"),
+    [("pedestrians_synthetic", []), ("roiae_synthetic", ["--trainer.callbacks.init_args.draw_every_n_epochs=1"])],
+)
+def test_the_configs_train_on_streets_with_pictures(name, also, root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = root / "configs" / "pedestrians_synthetic.yaml"
-    few = [
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.check_val_every_n_epoch",
-        "1",
-        "--data.train_size",
-        "16",
-        "--data.val_size",
-        "4",
-    ]
+    config = root / "configs" / f"{name}.yaml"
+    few = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--data.train_size=16", "--data.val_size=4", *also]
     main(["fit", "--config", str(config), *few, *QUIET])
-    (run,) = (tmp_path / "lit_compress_runs" / "pedestrians_synthetic").iterdir()
-    assert "val/miss_rate" in (run / "metrics.csv").read_text()
+    (run,) = (tmp_path / "lit_compress_runs" / name).iterdir()
+    logged = (run / "metrics.csv").read_text()
+    assert "val/miss_rate" in logged
     assert (run / "compress" / "val_detections.png").stat().st_size > 1000
+    assert ("train/roiae/end_to_end" in logged) is bool(also)
+    assert len(list(run.glob("compress/roiae_reconstructions_*.png"))) == len(also)
     (checkpoint,) = (run / "checkpoints").iterdir()
     main(["test", "--config", str(config), *few, "--data.test_size", "4", *QUIET, "--ckpt_path", str(checkpoint)])
     assert "test/miss_rate" in capsys.readouterr().out

@@ -1,12 +1,13 @@
-"""Table 3.1 on drawn streets: does the Region of Interest Autoencoder detect persons better, and what of it matters?
+"""Table 3.1 on streets and photographs: does the Region of Interest Autoencoder detect persons better, and what of it matters?
 
     python -m benchmarks.experiments.roi_autoencoder --seeds 0 1 2 --out docs/images/roi_autoencoder
-    python -m benchmarks.experiments.roi_autoencoder --arms baseline ROIAE --images 60 250 1000 --shares 0.03 0.1 0.3 --out ...
+    python -m benchmarks.experiments.roi_autoencoder --arms baseline ROIAE --images 60 1000 --shares 0.03 0.3 --out ...
+    python -m benchmarks.experiments.roi_autoencoder --photographs DIR --arms baseline ROIAE --out ...
 
 A Faster R-CNN on a small VGG, trained from scratch: as it is, without batch norms, and with autoencoders that count the whole map
 (SWWAE) or what lies in boxes (ROIAE), on the same images for the same number of steps. Weights of the terms are found by their
-gradients. Prints the log-average miss rate on training and on held-out images, with 95 % intervals over seeds. Writes OUT.json
-after every run and goes on from it.
+gradients. Photographs are those of COCO128, shrunk to the size of the streets. Prints the log-average miss rate on training and
+on held-out images, with 95 % intervals over seeds. Writes OUT.json after every run and goes on from it.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import pytorch_lightning as pl
 import torch
 from scipy import stats
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -28,10 +32,11 @@ from torchvision.ops import MultiScaleRoIAlign
 from typing_extensions import override
 
 from benchmarks.experiments.training import Finished, Run, fit, grouped, quiet
+from benchmarks.page import commit
 from benchmarks.roi_autoencoder import Detector
 from lit_compress.callbacks import RoIAutoencoder
-from lit_compress.datamodules import SyntheticPedestrianDataModule
-from lit_compress.datamodules.pedestrian_images import PedestrianImages, Split, together
+from lit_compress.datamodules import CocoPedestrianDataModule, PedestrianDataModule, SyntheticPedestrianDataModule
+from lit_compress.datamodules.pedestrian_images import PedestrianImage, PedestrianImages, Split, together
 from lit_compress.metrics import LogAverageMissRate
 from lit_compress.pedestrians import SUBSETS
 from lit_compress.pedestrians.subsets import ASPECT_RATIO
@@ -104,12 +109,41 @@ class Trained(Detector):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chained, "interval": "step"}}
 
 
+class Photographs(PedestrianDataModule):
+    """Persons of COCO128's photographs, shrunk to fit into a street and kept in memory; 40 of the 128 are held out."""
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        super().__init__(batch_size=batch_size)
+        self.source = CocoPedestrianDataModule(
+            folder, "coco128", "val2017", "annotations/instances_val2017.json", val_annotations=None, val_size=40
+        )
+
+    @override
+    def find_images(self, split: Split) -> Sequence[PedestrianImage]:
+        return [shrunk(image) for image in self.source.images(split)]
+
+
+def shrunk(image: PedestrianImage) -> PedestrianImage:
+    """An image whose sides are at most those of a street, and its boxes."""
+    scale = min(SIZE[0] / min(image.size), SIZE[1] / max(image.size))
+    size = (round(scale * image.size[0]), round(scale * image.size[1]))
+    pixels = F.interpolate(image.read()[None].float(), size, mode="bilinear", antialias=True)[0].round().byte()
+    boxes, visible = scale * image.annotations.boxes, scale * image.annotations.visible
+    return image._replace(
+        size=size, read=partial(_itself, pixels), annotations=replace(image.annotations, boxes=boxes, visible=visible)
+    )
+
+
+def _itself(image: torch.Tensor) -> torch.Tensor:
+    return image
+
+
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Trains decoders whatever the weight of their loss is, which a gradient descent by the detector's rate does not."""
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-def run(data: SyntheticPedestrianDataModule, arm: str, share: float, decoders: str, seed: int, steps: int, folder: Path) -> Run:
+def run(data: PedestrianDataModule, arm: str, share: float, decoders: str, seed: int, steps: int, folder: Path) -> Run:
     """Train one arm and score it."""
     norms, mask = ARMS[arm]
     pl.seed_everything(seed, verbose=False)
@@ -118,12 +152,11 @@ def run(data: SyntheticPedestrianDataModule, arm: str, share: float, decoders: s
     if mask is not None:
         layers, optimizer = macro_layers(module.net.backbone), adam if decoders == "adam" else None
         callbacks.append(RoIAutoencoder(layers, balance=share, mask=mask, optimizer=optimizer, draw_every_n_epochs=None))
-    start = time.monotonic()
-    fit(module, data, ceil(steps * data.batch_size / data.sizes["train"]), callbacks, folder)
-    minutes = (time.monotonic() - start) / 60
-    scores: Run = {f"{split}": miss_rate(module.net, data, split) for split in ("train", "test")}
-    asked = {"seed": seed, "arm": arm, "share": share, "decoders": decoders, "images": data.sizes["train"], "steps": steps}
-    return {**asked, "minutes": minutes, **scores}
+    began = time.process_time()
+    fit(module, data, ceil(steps / len(data.train_dataloader())), callbacks, folder)
+    minutes = (time.process_time() - began) / 60
+    splits: tuple[Split, ...] = ("train", "test")
+    return {**{split: miss_rate(module.net, data, split) for split in splits}, "cpu_minutes": round(minutes, 2)}
 
 
 def macro_layers(body: nn.Sequential) -> list[str]:
@@ -133,7 +166,7 @@ def macro_layers(body: nn.Sequential) -> list[str]:
 
 
 @torch.no_grad()
-def miss_rate(net: nn.Module, data: SyntheticPedestrianDataModule, split: Split) -> float:
+def miss_rate(net: nn.Module, data: PedestrianDataModule, split: Split) -> float:
     """Log-average miss rate on the images of a split, none mirrored."""
     metric = LogAverageMissRate(replace(SUBSETS["reasonable"], heights=(HEIGHTS[0] * 1.2, float("inf")), bounds=None), floor=1e-3)
     net.eval()
@@ -142,28 +175,30 @@ def miss_rate(net: nn.Module, data: SyntheticPedestrianDataModule, split: Split)
     return float(metric.compute())
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean of fractions and, of several, the 95 % interval of it, in percent."""
-    mean = 100 * statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.1f} %"
-    half = 100 * stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / sqrt(len(values))
-    return f"{mean:.1f} ± {half:.1f} %"
+def interval(fractions: Sequence[float], sign: str = "") -> str:
+    """Mean and its 95 % interval (Student's t), in percent; of fewer than three, themselves."""
+    values = [100 * fraction for fraction in fractions]
+    if len(values) < 3:
+        return ", ".join(f"{value:{sign}.1f}" for value in values)
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / sqrt(len(values))
+    return f"{statistics.mean(values):{sign}.1f} ± {half:.1f}"
 
 
 def table(done: Sequence[Run]) -> str:
-    """Means with intervals over seeds, and beside the baseline of the same seed, as markdown."""
+    """Miss rates in percent with intervals over seeds, and points above the baseline of the same seed, as markdown."""
     lines = [
-        "| images | arm | gradient's share | decoders by | training images | held-out images | beside the baseline | seeds |",
-        "|---:|---|---:|---|---:|---:|---:|---:|",
+        "| images | arm | share | decoders by | training, % | held out, % | above the baseline, points | CPU minutes | seeds |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     baseline = {(one["images"], one["seed"]): one["test"] for one in done if one["arm"] == "baseline"}
     for key, runs in grouped(done, lambda one: tuple(str(one[name]) for name in ("images", "arm", "share", "decoders"))).items():
         images, arm, share, decoders = key
         beside = [one["test"] - baseline[pair] for one in runs if (pair := (one["images"], one["seed"])) in baseline]
-        cells = [interval([one[split] for one in runs]) for split in ("train", "test")]
-        cells.append(interval(beside) if beside and arm != "baseline" else "")
-        lines.append(f"| {images} | {arm} | {'' if share == '0.0' else share} | {decoders} | {' | '.join(cells)} | {len(runs)} |")
+        cells = [images, arm, share if share != "0.0" else "", decoders]
+        cells += [interval([one[split] for one in runs]) for split in ("train", "test")]
+        cells.append(interval(beside, "+") if beside and arm != "baseline" else "")
+        cells += [f"{statistics.mean(one['cpu_minutes'] for one in runs):.1f}", str(len(runs))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -171,41 +206,35 @@ def main() -> None:
     """Run what is asked for and not yet done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--images", type=int, nargs="+", default=[250], help="to train on")
+    parser.add_argument("--images", type=int, nargs="+", default=[250], help="streets to train on")
+    parser.add_argument("--photographs", type=Path, help="folder with coco128, to train on in place of streets")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1], help="of the gradient, for each term")
     parser.add_argument("--decoders", choices=["sgd", "adam"], default="adam", help="trained as the detector is, or by Adam")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2_000, help="of two images")
-    parser.add_argument("--test_images", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=900, help="of two images, up to the end of an epoch")
+    parser.add_argument("--test_images", type=int, default=500, help="streets")
     parser.add_argument("--out", type=Path, default=Path("roi_autoencoder"))
     options = parser.parse_args()
     quiet()
-    finished = Finished(options.out.with_suffix(".json"))
-    for images in options.images:
-        data = SyntheticPedestrianDataModule(
+    finished, code = Finished(options.out.with_suffix(".json")), commit()  # what runs is what was checked out at the start
+    sets: dict[str, PedestrianDataModule] = {
+        f"{images} streets": SyntheticPedestrianDataModule(
             size=SIZE, heights=HEIGHTS, train_size=images, val_size=1, test_size=options.test_images, batch_size=2
         )
-        for seed in options.seeds:
-            for arm in options.arms:
-                plain = ARMS[arm][1] is None
-                for share in [0.0] if plain else options.shares:
-                    decoders = "" if plain else options.decoders
-                    key = {
-                        "seed": seed,
-                        "arm": arm,
-                        "share": share,
-                        "decoders": decoders,
-                        "images": images,
-                        "steps": options.steps,
-                    }
-                    if finished.holds(**key):
-                        continue
-                    done = run(data, arm, share, decoders, seed, options.steps, options.out.parent)
-                    finished.add([done])
-                    print(
-                        f"done: {key}: {done['train']:.1%} training, {done['test']:.1%} held out, {done['minutes']:.1f} min",
-                        flush=True,
-                    )
+        for images in options.images
+    }
+    if options.photographs is not None:
+        sets = {"photographs": Photographs(options.photographs, batch_size=2)}
+    for (images, data), seed, arm in product(sets.items(), options.seeds, options.arms):
+        plain = ARMS[arm][1] is None
+        for share in [0.0] if plain else options.shares:
+            decoders = "" if plain else options.decoders
+            key = {"images": images, "seed": seed, "arm": arm, "share": share, "decoders": decoders, "steps": options.steps}
+            if finished.holds(**key):
+                continue
+            done = run(data, arm, share, decoders, seed, options.steps, options.out.parent)
+            finished.add([{**key, **done, "commit": code}])
+            print(f"done: {key}: {done['train']:.1%} training, {done['test']:.1%} held out", flush=True)
     print(table(finished.runs))
 
 

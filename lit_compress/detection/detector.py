@@ -147,16 +147,25 @@ class PedestrianDetector(nn.Module, ABC):
         return given
 
     @override
-    def forward(self, images: Sequence[Tensor], proposals: Sequence[Tensor] | None = None) -> list[dict[str, Tensor]]:
-        """Detections in each image.
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        proposals: Sequence[Tensor] | None = None,
+        targets: Sequence[Target] | None = None,
+    ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
+        """Detections in each image; with targets, the parts of the loss.
 
         Args:
             images: ``(3, H, W)`` in [0, 1], of any size.
             proposals: Boxes ``(n, 4)`` of each image for detectors that start from given ones, as left, top, right, bottom.
+            targets: What :meth:`losses` takes; its proposals are in them.
 
         Returns:
             For each image ``boxes`` ``(n, 4)`` in its own pixels, ``scores`` ``(n,)`` in [0, 1], highest first, and ``labels``.
+            With targets, what :meth:`losses` gives.
         """
+        if targets is not None:
+            return self.losses(images, targets)
         entered = self._enter(images)
         maps: Tensor = self.backbone(entered.images)
         starts = self._starts(entered, maps.shape[2:], proposals)

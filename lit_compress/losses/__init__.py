@@ -3,9 +3,17 @@
 from lit_compress.losses.attention import attention_transfer
 from lit_compress.losses.balancing import Balance, balance
 from lit_compress.losses.confidence import hint, teacher_confidence
-from lit_compress.losses.knowledge import knowledge_distillation
+from lit_compress.losses.knowledge import knowledge_distillation, score_divergence
 from lit_compress.losses.reconstruction import roi_reconstruction
-from lit_compress.losses.terms import AttentionTransfer, CrossEntropy, Hint, KnowledgeDistillation, TeacherConfidence, Term
+from lit_compress.losses.terms import (
+    AttentionTransfer,
+    CrossEntropy,
+    Hint,
+    KnowledgeDistillation,
+    ScoreDivergence,
+    TeacherConfidence,
+    Term,
+)
 
 __all__ = [
     "AttentionTransfer",
@@ -13,6 +21,7 @@ __all__ = [
     "CrossEntropy",
     "Hint",
     "KnowledgeDistillation",
+    "ScoreDivergence",
     "TeacherConfidence",
     "Term",
     "attention_transfer",
@@ -20,5 +29,6 @@ __all__ = [
     "hint",
     "knowledge_distillation",
     "roi_reconstruction",
+    "score_divergence",
     "teacher_confidence",
 ]

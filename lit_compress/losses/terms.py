@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lit_compress.losses.attention import attention_transfer
 from lit_compress.losses.confidence import hint, mahalanobis
-from lit_compress.losses.knowledge import Form, hard_weight, knowledge_distillation
+from lit_compress.losses.knowledge import Form, hard_weight, knowledge_distillation, score_divergence
 from lit_compress.taps import OUTPUT, pairs_of
 from lit_compress.teacher import Teacher, covariance_of, mean_of
 
@@ -218,6 +218,25 @@ class Hint(Term):
     def forward(self, student: Readings, teacher: Readings, labels: Tensor) -> Tensor:
         (ours,), (theirs,) = self.student_taps, self.teacher_taps
         return hint(student[ours], teacher[theirs])
+
+
+class ScoreDivergence(Term):
+    """Divergence of yes-or-no scores, as a detector's; see :func:`~lit_compress.losses.score_divergence`.
+
+    Args:
+        tap: The student's layer of logits.
+        teacher_tap: The teacher's; None for the same name.
+        weight: Factor of the term. It is a mean over all scores; a detector's own loss looks at some of them, a hundred or so.
+        name: Under which it is logged.
+    """
+
+    def __init__(self, tap: str, teacher_tap: str | None = None, weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__((tap,), (tap if teacher_tap is None else teacher_tap,), weight=weight, name=name)
+
+    @override
+    def forward(self, student: Readings, teacher: Readings, labels: Any) -> Tensor:
+        (ours,), (theirs,) = self.student_taps, self.teacher_taps
+        return score_divergence(student[ours], teacher[theirs])
 
 
 class TeacherConfidence(Term):

@@ -126,7 +126,7 @@ class LitPedestrianDetector(PrunableMixin, LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        parts = self.net.losses(images, targets)
+        parts = self.net(images, targets=targets)  # one call of one module, in whose place a teacher can be called as well
         return logged_sum(self, parts, batch_size=len(images))
 
     @override
