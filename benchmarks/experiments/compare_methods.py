@@ -20,10 +20,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.experiments.figures import plain_log_scales
 from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, test, train
 from benchmarks.page import commit
 from lit_compress import Analysis, Recipe, analyze, count_parameters, cut
@@ -184,10 +184,7 @@ def picture(runs: list[Run]) -> Figure:
         uncut = [100 * (1 - run["accuracy"]) for run in runs if run["method"] == "uncut"]
         axes.axhline(statistics.mean(uncut), color="black", linestyle=":", linewidth=1, label="uncut")
         axes.set(xlabel="% of parameters", ylabel="test error, %", title=title, xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+        plain_log_scales(axes)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     return figure

@@ -28,12 +28,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from pytorch_lightning.callbacks import ModelPruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from benchmarks.experiments.figures import plain_log_scales
 from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, train
 from benchmarks.page import PAGE, Section, commit, machine, write
 from benchmarks.peers import TOOLS
@@ -400,10 +400,7 @@ def picture(runs: Sequence[Run]) -> Figure:
             drawn[tool] += 1
         axes.axhline(uncut, color="black", linestyle=":", linewidth=1, label="uncut")
         axes.set(xlabel=f"% of the {measure.replace('_', '-')}", ylabel="test error, %", xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+        plain_log_scales(axes)
         axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
     return figure

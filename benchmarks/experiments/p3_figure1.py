@@ -14,9 +14,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from torch import nn
 
+from benchmarks.experiments.figures import plain_log_scales
 from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, test, train
 from lit_compress import Recipe, analyze, count_parameters, cut, reinitialize
 from lit_compress.datamodules import MNISTDataModule
@@ -115,10 +115,7 @@ def picture(done: list[Run]) -> Figure:
             sizes, errors = [100 * run["size"] for run in runs], [100 * (1 - run["accuracy"]) for run in runs]
             axes.plot(sizes, errors, mark, color=colour, label=arm, alpha=0.7)
         axes.set(xlabel="% of parameters", ylabel="test error, %", title=network, xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+        plain_log_scales(axes)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
