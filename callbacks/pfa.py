@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lit_compress.analysis import Analysis
 from lit_compress.callbacks.pruning import PruningCallback
 from lit_compress.callbacks.targets import for_this_cut, one_target
 from lit_compress.recipe import Recipe
+from lit_compress.spectra import PFA, Select
 
 
 class PFAPruning(PruningCallback):
@@ -24,6 +26,9 @@ class PFAPruning(PruningCallback):
         keep_mult_adds: The same for mult-adds.
         keep_latency: The same for the time of a validation step on a batch as the analysis reads it, measured on networks of the
             sizes in question and on the original, in turns: see :meth:`Analysis.recipe`. Under DDP, on rank 0.
+        select: Which of a layer's channels go first. ``"correlation"``: those that correlate the most with others, as in the
+            paper. ``"reconstruction"``: those whose loss costs the outputs of the layers behind them the least, once the other
+            channels have taken over what they can. With ``compensate="linear"`` they do: together, a cut costs far less.
         kwargs: When, where and on what, as for :class:`PruningCallback`. With several cuts, a target for the whole is approached
             in equal ratios: 0.25 in two cuts is 0.5 and then 0.25 of the original.
 
@@ -44,11 +49,20 @@ class PFAPruning(PruningCallback):
         keep_params: float | None = None,
         keep_mult_adds: float | None = None,
         keep_latency: float | None = None,
+        select: Select = "correlation",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if select not in ("correlation", "reconstruction"):
+            raise MisconfigurationException(f"Argument `select` must be 'correlation' or 'reconstruction' but got {select!r}.")
+        self.select: Select = select
         sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
         self.target = one_target("energy", {"energy": energy, **sizes}, needed=False)
+
+    @property
+    @override
+    def method(self) -> PFA:
+        return PFA(self.select)
 
     @override
     def choose(self, analysis: Analysis) -> Recipe:

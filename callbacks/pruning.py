@@ -79,7 +79,8 @@ class PruningCallback(Callback, ABC):
         round_to: Round each width up to a multiple of this, which some hardware is faster with. A target is met all the same.
         skips: ``"share"``: layers tied by a skip connection keep the same channels. ``"pad"``: a block with an identity or
             zero-padded skip is cut on its own, and its output scattered back to the width of the skip.
-        compensate: Fold what the removed channels give on average into the biases of the layers that read them.
+        compensate: Fold what the removed channels give on average into the biases of the layers that read them. ``"linear"``:
+            and what the channels kept tell about each sample's, by linear least squares, into their weights.
         weights: ``"kept"``: training goes on with the weights of the channels kept. ``"random"``: the cut decides the
             architecture alone; all weights are drawn anew, and optimizers forget their state.
         loader: Data for the analysis: ``"train"``, ``"val"`` or a ``DataLoader``. By default ``analysis_dataloader()`` of the
@@ -122,7 +123,7 @@ class PruningCallback(Callback, ABC):
         min_width: int = 1,
         round_to: int = 1,
         skips: Literal["share", "pad"] = "share",
-        compensate: bool = False,
+        compensate: bool | Literal["linear"] = False,
         weights: Literal["kept", "random"] = "kept",
         loader: Literal["train", "val"] | DataLoader[Any] | Iterable[Any] | None = None,
         max_samples: int | None = None,
@@ -147,6 +148,8 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException(
                 "With `weights='random'` no bias is kept that `compensate=True` could be folded into."
             )
+        if compensate not in (False, True, "linear"):
+            raise MisconfigurationException(f"Argument `compensate` must be True, False or 'linear' but got {compensate!r}.")
         if max_samples is not None and max_samples < 2:
             raise MisconfigurationException(f"Argument `max_samples` must be at least 2 or None but got {max_samples}.")
         if isinstance(loader, str) and loader not in ("train", "val"):
@@ -450,7 +453,7 @@ class PruningCallback(Callback, ABC):
                 trains = all(share(self.verify and training_error(trainer, pl_module, batch) is None))
                 cut(
                     pl_module, recipe, example, forward_fn=silent_step, verify=self.verify, graph=analysis.graph,
-                    mean_inputs=analysis.mean_inputs,
+                    inputs=analysis.inputs,
                 )  # fmt: skip
                 for follow in followers:
                     follow()

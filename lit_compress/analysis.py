@@ -7,17 +7,17 @@ from dataclasses import replace
 from functools import cache
 from itertools import chain
 from math import ceil, prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from lit_compress import ranks, rng
-from lit_compress.compensation import readers
 from lit_compress.graph import ChannelGraph, ChannelGroup, trace
 from lit_compress.information import PIB
+from lit_compress.inputs import LayerInput, inputs_of, watched_inputs
 from lit_compress.labels import FIXED
 from lit_compress.latency import Stopwatch, widest_within
 from lit_compress.naming import matches
@@ -29,9 +29,9 @@ from lit_compress.scores import Magnitude, Slimming
 from lit_compress.skips import Marks, Vector
 from lit_compress.spectra import PFA, GroupSpectrum
 from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather, in_order, to_device
-from lit_compress.statistics.mean import StreamingMean
 from lit_compress.surgery import ForwardFn, call, make_plan, removed_by
 
+Compensate: TypeAlias = "bool | Literal['linear']"
 METHODS: Mapping[str, type[Method]] = {"pfa": PFA, "pib": PIB, "magnitude": Magnitude, "slimming": Slimming}
 
 
@@ -62,7 +62,7 @@ class Analysis:
         rankings: Name of a group (of its first layer) to what the method found out about it.
         whole: Layer to the reason why it is left whole.
         samples: Samples seen.
-        mean_inputs: Layer to the mean of each of its input channels, if asked for, to compensate a cut.
+        inputs: Layer to what it was given, if asked for, to compensate a cut.
         stopwatch: What times the network as a recipe would cut it, for ``keep_latency``.
     """
 
@@ -76,14 +76,14 @@ class Analysis:
         example_batch: int,
         parameters: int,
         before: Plan | None,
-        mean_inputs: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, LayerInput] | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.graph, self.method, self.rankings, self.whole, self.samples = graph, method, dict(rankings), dict(whole), samples
         self._batch = example_batch
         self._parameters = parameters
         self._before = before
-        self.mean_inputs, self.stopwatch = mean_inputs, stopwatch
+        self.inputs, self.stopwatch = inputs, stopwatch
 
     @property
     def spectra(self) -> dict[str, GroupSpectrum]:
@@ -428,7 +428,7 @@ def analyze(
     max_samples: int | None = None,
     progress: Progress | None = None,
     skips: Literal["share", "pad"] = "share",
-    compensate: bool = False,
+    compensate: Compensate = False,
     stopwatch: Stopwatch | None = None,
 ) -> Analysis:
     """Find out how many channels each layer of a network needs on some data, changing nothing.
@@ -453,8 +453,9 @@ def analyze(
         skips: ``"share"``: layers tied by a skip connection keep the same channels, chosen on the sum of the branches.
             ``"pad"``: a block with an identity or zero-padded skip is cut on its own, and its output scattered back to the
             width of the skip.
-        compensate: Also gather the mean input of each layer, so that ``cut(..., mean_inputs=analysis.mean_inputs)`` can
-            fold what the removed channels gave on average into biases.
+        compensate: Also gather the mean input of each layer, so that ``cut(..., inputs=analysis.inputs)`` can fold what the
+            removed channels gave on average into biases. ``"linear"``: the covariances as well, to fold what the channels kept
+            tell about them into weights.
         stopwatch: What times the network for ``analysis.recipe(keep_latency=...)``. By default one on the first batch of
             ``loader``, or none if ``example_inputs`` are given.
 
@@ -476,6 +477,8 @@ def analyze(
         raise ValueError(f"Argument `method` must be one of {sorted(METHODS)} or a Method but got {method!r}.")
     if skips not in ("share", "pad"):
         raise ValueError(f"Argument `skips` must be 'share' or 'pad' but got {skips!r}.")
+    if compensate not in (False, True, "linear"):
+        raise ValueError(f"Argument `compensate` must be True, False or 'linear' but got {compensate!r}.")
     pad_back: Any = "identity" if skips == "pad" else ()
     run_batch = forward_fn or _run_first
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -489,22 +492,20 @@ def analyze(
         else:
             example = to_device(example_inputs, device)
             graph = trace(model, lambda: (forward_fn or call)(model, example), pad_back=pad_back)
-        modules = dict(model.named_modules())
         watched = chosen.watched(model, graph)
-        inputs = readers(graph) if compensate else {}
-        means = {name: StreamingMean(size, sync_on_compute=False) for name, size in inputs.items() if name in modules}
+        asked = watched_inputs(model, graph, covariances=compensate == "linear") if compensate else {}
+        watched = {**asked, **watched}
         mine = in_order(loader, max_samples=max_samples, rank=ranks.rank(), world_size=ranks.world_size())
         loader = whole if ranks.world_size() == 1 or mine is loader else mine
         batches = loader if progress is None else progress(loader, _length(loader))
         samples = 0
-        if watched or means:
+        if watched:
             samples = gather(
                 model,
                 batches,
                 watched,
                 lambda batch: run_batch(model, to_device(batch, device)),
                 max_samples=None if max_samples is None else ceil(max_samples / ranks.world_size()),
-                means=means,
             )
         found = chosen.rank(model, graph, watched)
     return Analysis(
@@ -515,7 +516,7 @@ def analyze(
         example_batch=batch_size(example),
         parameters=count_parameters(model),
         before=plan_of(model),
-        mean_inputs={name: mean.compute() for name, mean in means.items()} if compensate else None,
+        inputs=inputs_of(graph, {name: watched[name] for name in asked}) if compensate else None,
         stopwatch=stopwatch,
     )
 

@@ -1,77 +1,92 @@
-"""Keep what removed channels gave on average: their mean is folded into the biases of the layers that read them.
+"""Keep what removed channels gave, as far as the layers that read them can: fold it into their biases and weights.
 
-Exact for a channel that is constant, but for the borders of a zero-padded convolution: there the channel met padding, and the
-bias does not know.
+By the means alone, a removed channel is taken to be what it was on average: exact for one that is constant. By the covariances as
+well, it is taken to be what the channels kept predict, by linear least squares: exact for one that is a linear function of them.
+Either way the borders of a zero-padded convolution are off: there the channel met padding, which its mean does not know.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lit_compress.graph import ChannelGraph
+from lit_compress.inputs import LayerInput, Reader, readers
 from lit_compress.plan import Plan
-from lit_compress.skips import Vector
+from lit_compress.selection.reconstruction import takeover
 from lit_compress.slicing import all_tensors
 
-
-def readers(graph: ChannelGraph) -> dict[str, int]:
-    """Layers that read channels which may be cut, to their number of input channels: those whose mean input is needed.
-
-    A weight that is used twice or multiplied with another parameter first is not among them, nor is that of a transposed or a
-    grouped convolution.
-    """
-    uses = Counter(use.weight for use in graph.uses)
-    return {
-        _name_of(graph, use.weight): graph.shapes[use.weight][use.in_dim]
-        for use in graph.uses
-        if uses[use.weight] == 1
-        and use.plain
-        and use.groups == 1
-        and (use.out_dim, use.in_dim) == (0, 1)
-        and use.weight.endswith(".weight")
-        and use.in_dim in graph.tensors.get(use.weight, {})
-    }
-
-
-def _name_of(graph: ChannelGraph, weight: str) -> str:
-    return next(layer.name for layer in graph.layers.values() if layer.weight == weight)
+_NOWHERE = "have no bias to fold their mean into, and no norm that takes their output alone: there, nothing is compensated"
+_UNKNOWN = "are grouped or transposed, or their weight is used twice or not as it is: there, nothing is compensated"
+_MEAN_ALONE = "not all of their channels have as many places: there, the mean alone is compensated"
 
 
 def compensated(
-    model: nn.Module, graph: ChannelGraph, plan: Plan, mean_inputs: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """What each reader's bias is with what the channels that a plan removes give on average. Nothing is changed.
+    model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: Mapping[str, LayerInput]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """What each reader's weight and bias are with what is known about the channels that a plan removes. Nothing is changed.
 
-    A layer without bias that a batch norm follows directly has it taken off the norm's running mean instead, which is the same in
-    evaluation.
+    A layer without bias that a batch norm follows directly has its shift taken off the norm's running mean instead, which is the
+    same in evaluation.
 
     Args:
         model: The network, not yet cut.
         graph: Its graph.
         plan: The cut that is going to be made.
-        mean_inputs: Layer name to the mean of each input channel, over samples and positions.
+        inputs: Layer name to what it was given: from means alone come biases, with covariances weights as well.
 
     Returns:
-        Name of a bias or running mean to its new value, of its size before the cut; and the layers that read removed channels
-        and have nowhere to put the mean, or whose mean input is not known.
+        Name of a weight, bias or running mean to its new value, of its size before the cut; and what could not be done, in words,
+        to the layers that read removed channels where it could not.
     """
     tensors, known = all_tensors(model), readers(graph)
+    linear = any(given.covariance is not None for given in inputs.values())
+    names = {layer.weight: layer.name for layer in graph.layers.values()}
     values: dict[str, Tensor] = {}
-    without: list[str] = []
+    left_out: dict[str, list[str]] = {}
     read = {use.weight: kept for use in graph.uses if (kept := plan.keep.get(use.weight, {}).get(use.in_dim)) is not None}
     for weight, kept in read.items():
-        name, bias, norm = _name_of(graph, weight), f"{weight.removesuffix('weight')}bias", graph.norms.get(weight)
+        name, bias, norm = names[weight], f"{weight.removesuffix('weight')}bias", graph.norms.get(weight)
         place = bias if bias in tensors else norm
-        if name not in known or name not in mean_inputs or place is None:
-            without.append(name)
+        given, reader = inputs.get(name), known.get(name)
+        if given is None or reader is None:
+            left_out.setdefault(_UNKNOWN, []).append(name)
             continue
-        removed: Vector = np.delete(np.arange(graph.shapes[weight][1]), kept)
-        kernel = tensors[weight].detach().double()
-        given = kernel.flatten(2).sum(2) if kernel.ndim > 2 else kernel
-        shift = given[:, removed] @ mean_inputs[name].to(kernel)[removed]
-        values[place] = tensors[place].detach() + (shift if place == bias else -shift).to(tensors[place])
-    return values, without
+        removed = np.delete(np.arange(reader.size), kept)
+        kernel, mean = tensors[weight].detach().double(), given.mean.to(tensors[weight].device)
+        if given.covariance is not None:
+            values[weight], mean = _taken_over(reader, given, kernel, removed, centred=place is not None)
+        elif linear:
+            left_out.setdefault(_MEAN_ALONE, []).append(name)
+        if place is not None:
+            summed = kernel.flatten(2).sum(2) if kernel.ndim > 2 else kernel
+            shift = summed[:, removed] @ mean[removed]
+            values[place] = tensors[place].detach() + (shift if place == bias else -shift)
+        elif given.covariance is None:
+            left_out.setdefault(_NOWHERE, []).append(name)
+    return {name: value.to(tensors[name]) for name, value in values.items()}, left_out
+
+
+def _taken_over(
+    reader: Reader, given: LayerInput, kernel: Tensor, removed: NDArray[np.int64], *, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel with what the channels kept predict of those removed; and the mean, of these what no kernel can give.
+
+    Where nothing takes up that part, the prediction is not centred: it then has to give the mean as well, as far as it can.
+    """
+    assert reader.slots is not None  # there is no covariance without equally many places
+    assert given.covariance is not None
+    gone = np.isin(reader.slots[:, 0], removed)
+    covariance, means = given.covariance.numpy(), given.mean.cpu().numpy()[reader.slots].mean(1)
+    moments = covariance if centred else covariance + np.outer(means, means)
+    coefficients = takeover(moments, np.flatnonzero(~gone), np.flatnonzero(gone), given.vectors)
+    share, mean = torch.from_numpy(coefficients).to(kernel), given.mean.to(kernel, copy=True)
+    kept, lost = torch.from_numpy(reader.slots[~gone]), torch.from_numpy(reader.slots[gone])
+    kernel = kernel.clone()
+    kernel[:, kept] += torch.einsum("or...,rk->ok...", kernel[:, lost], share)
+    mean[lost] -= share @ mean[kept]
+    return kernel, mean

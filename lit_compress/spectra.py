@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_compress.graph import ChannelGraph, ChannelGroup
+from lit_compress.inputs import LayerInput, inputs_of, readings, watched_inputs
 from lit_compress.labels import FIXED
 from lit_compress.pictures import plot_spectra
 from lit_compress.rankings import Method, Ranking, Rankings, by_name, sort_out
 from lit_compress.selection import pfa
+from lit_compress.selection.reconstruction import removal_order
 from lit_compress.skips import Tap
 from lit_compress.statistics.covariance import StreamingCovariance, spatial_max
 from lit_compress.statistics.gather import Watched
@@ -33,10 +36,31 @@ class GroupSpectrum(Ranking):
     spectrum: Tensor
 
 
+Select: TypeAlias = Literal["correlation", "reconstruction"]
+
+
 class PFA(Method):
-    """Principal Filter Analysis: from the covariance of the responses, of tied layers together, to a spectrum."""
+    """Principal Filter Analysis: from the covariance of the responses, of tied layers together, to a spectrum.
+
+    How many channels a layer needs is a matter of its spectrum; which, of ``select``.
+
+    Args:
+        select: ``"correlation"``: those that correlate the most with others go first, as in the paper. ``"reconstruction"``:
+            those go first whose loss the layers that read them make up for best, once the others have taken over
+            (:mod:`~lit_compress.selection.reconstruction`); of what is read by a grouped or transposed convolution or by a
+            weight that is used twice, by correlation, with a warning.
+
+    Raises:
+        ValueError: If ``select`` is unknown.
+    """
 
     name, knob = "pfa", "energy"
+
+    def __init__(self, select: Select = "correlation") -> None:
+        if select not in ("correlation", "reconstruction"):
+            raise ValueError(f"Argument `select` must be 'correlation' or 'reconstruction' but got {select!r}.")
+        self.select = select
+        self.options = "" if select == "correlation" else f"select={select}"
 
     @override
     def watched(self, model: nn.Module, graph: ChannelGraph) -> dict[str, Watched]:
@@ -45,7 +69,8 @@ class PFA(Method):
         odd = _complex(model, graph)
         groups = [observed(graph, group) for group in graph.groups() if odd.isdisjoint(group.members)]
         sizes = {name: len(position) for group in groups for name, position in group.members.items()}
-        return {
+        inputs = watched_inputs(model, graph, covariances=True) if self.select == "reconstruction" else {}
+        return inputs | {
             name: Watched(taps.get(name, Tap(name)), StreamingCovariance(size, sync_on_compute=False), spatial_max)
             for name, size in sizes.items()
             if name in modules or name in taps
@@ -56,6 +81,8 @@ class PFA(Method):
         self, model: nn.Module, graph: ChannelGraph, watched: Mapping[str, Watched]
     ) -> tuple[dict[str, GroupSpectrum], dict[str, str]]:
         spectra, whole = group_spectra(graph, {name: cast(StreamingCovariance, what.metric) for name, what in watched.items()})
+        if self.select == "reconstruction":
+            spectra = _by_reconstruction(model, graph, spectra, inputs_of(graph, watched))
         return spectra, whole | dict.fromkeys(_complex(model, graph), "its responses are complex numbers")
 
     @override
@@ -79,6 +106,29 @@ class PFA(Method):
 def _complex(model: nn.Module, graph: ChannelGraph) -> set[str]:
     weights = dict(model.named_parameters())
     return {name for name, layer in graph.layers.items() if layer.weight in weights and weights[layer.weight].is_complex()}
+
+
+def _by_reconstruction(
+    model: nn.Module, graph: ChannelGraph, spectra: Mapping[str, GroupSpectrum], inputs: Mapping[str, LayerInput]
+) -> dict[str, GroupSpectrum]:
+    """The same spectra, with the order in which channels go by what the layers that read them lose; inactive ones first."""
+    ordered, unknown = dict(spectra), []
+    for name, found in spectra.items():
+        read_by = readings(model, graph, found.group, inputs)
+        if read_by is None:
+            unknown.append(name)
+            continue
+        order = torch.from_numpy(removal_order(read_by, len(found.order)))
+        inactive = found.order[: found.inactive]
+        active = order[~torch.isin(order, inactive)]
+        ordered[name] = replace(found, order=torch.cat([inactive, active]))
+    if unknown:
+        warnings.warn(
+            f"Channels of {', '.join(map(repr, unknown))} are read by layers whose outputs cannot be reconstructed (grouped or "
+            "transposed convolutions, weights that are used twice): there, they are chosen by correlation.",
+            stacklevel=2,
+        )
+    return ordered
 
 
 def group_spectra(

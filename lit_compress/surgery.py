@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_compress.compensation import compensated
 from lit_compress.graph import ChannelGraph, trace
+from lit_compress.inputs import LayerInput
 from lit_compress.labels import FIXED
 from lit_compress.naming import relocation
 from lit_compress.padding import Pad
@@ -38,7 +39,7 @@ def cut(
     forward_fn: ForwardFn = call,
     verify: bool = True,
     graph: ChannelGraph | None = None,
-    mean_inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, LayerInput] | None = None,
 ) -> Plan:
     """Remove channels from a network, in place, and from everything inside it that runs along them.
 
@@ -53,8 +54,9 @@ def cut(
         forward_fn: How to run the network on ``example_inputs``, where ``model(*example_inputs)`` is not it.
         verify: Check the cut on ``example_inputs`` and put everything back if it is not exact.
         graph: From :func:`~lit_compress.graph.trace`, if the network was traced already.
-        mean_inputs: From ``analysis.mean_inputs``: the mean of the removed channels is then folded into the biases of the
-            layers that read them. The check is made before that.
+        inputs: From ``analysis.inputs``: what the removed channels give is then folded into the layers that read them, their
+            mean into biases and, if the covariances are known, what the channels kept tell about them into weights. The check
+            is made before that.
 
     Returns:
         What was cut, for :meth:`Plan.apply_to` on optimizers, weight averages and state dicts.
@@ -84,17 +86,15 @@ def cut(
         SelfCheck(model, graph, plan, forward_fn, example_inputs).compare()
     before = plan_of(model)
     composed = plan if before is None else before.then(plan)
-    values, without = ({}, []) if mean_inputs is None else compensated(model, graph, plan, mean_inputs)
-    if without:
-        warnings.warn(
-            f"Layers {_listed(without)} read removed channels but have no bias to fold their mean into, and no norm that takes "
-            "their output alone: there, nothing is compensated.",
-            stacklevel=2,
-        )
-    left = {name: plan.take(name, value) for name, value in values.items()}
+    values: dict[str, Tensor] = {}
+    if inputs is not None:
+        values, left_out = compensated(model, graph, plan, inputs)
+        for why, layers in left_out.items():
+            warnings.warn(f"Layers {_listed(layers)} read removed channels but {why}.", stacklevel=2)
+    compensation = {name: plan.take(name, value) for name, value in values.items()}
     plan.cut_module(model)
     tensors = all_tensors(model)
-    for name, value in left.items():
+    for name, value in compensation.items():
         set_data(tensors[name], value)
     note_plan(model, composed)
     return plan

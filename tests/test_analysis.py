@@ -651,6 +651,6 @@ def test_a_network_of_groups_and_gates_is_analysed_and_cut():
     with pytest.warns(
         UserWarning, match=r"Layers '2' read removed channels but"
     ):  # which input of a group was removed is not known
-        cut(network, recipe, IMAGES[:1], mean_inputs=analysis.mean_inputs)
+        cut(network, recipe, IMAGES[:1], inputs=analysis.inputs)
     assert network[2].groups == 2
     assert count_parameters(network) == analysis.parameters(recipe) <= 0.6 * analysis.parameters()

@@ -1,6 +1,7 @@
 """Compensation: what removed channels gave on average goes into the biases of the layers that read them."""
 
 import copy
+import re
 import warnings
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_compress import Recipe, analyze, cut, load_pruned
 from lit_compress.callbacks import PFAPruning
-from lit_compress.compensation import compensated, readers
+from lit_compress.compensation import compensated
 from lit_compress.graph import trace
+from lit_compress.inputs import readers
 from lit_compress.plan import plan_of
 from lit_compress.statistics.mean import StreamingMean
 from lit_compress.surgery import plan_for
@@ -23,6 +25,10 @@ from tests.networks import Net, clone, conv, randomized, relative_error
 
 GONE = (1, 4)  # channels of 6 that give the same whatever comes in
 KEPT = (0, 2, 3, 5)
+NOWHERE_TO_PUT_IT = (
+    "have no bias to fold their mean into, and no norm that takes their output alone: there, nothing is compensated"
+)
+UNKNOWN = "are grouped or transposed, or their weight is used twice or not as it is: there, nothing is compensated"
 
 
 def constant(layer: nn.Module, value: float = 0.7) -> nn.Module:
@@ -83,8 +89,8 @@ def built(build) -> nn.Module:
     return model
 
 
-def cut_a(model, x, *, mean_inputs):
-    return cut(model, Recipe(keep={"a": KEPT}), x[:2], mean_inputs=mean_inputs)
+def cut_a(model, x, *, inputs):
+    return cut(model, Recipe(keep={"a": KEPT}), x[:2], inputs=inputs)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -92,9 +98,9 @@ def test_constant_channels_are_compensated_exactly(name):
     build, x = EXACT[name]
     model = built(build)
     uncut, plain = copy.deepcopy(model), copy.deepcopy(model)
-    means = analyze(model, x.split(16), compensate=True).mean_inputs
-    cut_a(model, x, mean_inputs=means)
-    cut_a(plain, x, mean_inputs=None)
+    means = analyze(model, x.split(16), compensate=True).inputs
+    cut_a(model, x, inputs=means)
+    cut_a(plain, x, inputs=None)
     other = x.flip(0) * 1.5  # constant on any data
     with torch.no_grad():
         expected = clone(uncut(other))
@@ -105,8 +111,8 @@ def test_constant_channels_are_compensated_exactly(name):
 def test_the_border_of_a_zero_padded_convolution_is_off_and_its_interior_exact():
     model = built(lambda: Net(lambda m, x: m.f(F.relu(m.b(F.relu(m.a(x))))), a=conv(3, 6), b=conv(6, 4), f=conv(4, 2, 1)))
     uncut, x = copy.deepcopy(model), images()
-    means = analyze(model, [x], compensate=True).mean_inputs
-    cut_a(model, x, mean_inputs=means)
+    means = analyze(model, [x], compensate=True).inputs
+    cut_a(model, x, inputs=means)
     with torch.no_grad():
         found, expected = model(x), uncut(x)
     inside = (..., slice(1, -1), slice(1, -1))
@@ -127,11 +133,11 @@ def test_varying_channels_are_compensated_by_their_mean():
     model = randomized(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4)))
     x = vectors(100)
     uncut = copy.deepcopy(model)
-    means = analyze(model, x.split(30), compensate=True).mean_inputs
+    means = analyze(model, x.split(30), compensate=True).inputs
     with torch.no_grad():
         hidden = model[1](model[0](x)).double().numpy()
-    np.testing.assert_allclose(means["2"].numpy(), hidden.mean(0), atol=1e-6)
-    cut(model, Recipe(keep={"0": KEPT}), x[:2], mean_inputs=means)
+    np.testing.assert_allclose(means["2"].mean.numpy(), hidden.mean(0), atol=1e-6)
+    cut(model, Recipe(keep={"0": KEPT}), x[:2], inputs=means)
     expected = uncut[2].bias.detach().numpy() + uncut[2].weight.detach().numpy()[:, list(GONE)] @ hidden.mean(0)[list(GONE)]
     np.testing.assert_allclose(model[2].bias.detach().numpy(), expected, atol=1e-6)
     with torch.no_grad():
@@ -144,8 +150,8 @@ def test_nothing_moves_when_nothing_is_removed():
     before = copy.deepcopy(model.state_dict())
     analysis = analyze(model, [x], compensate=True)
     plan = plan_for(model, analysis.graph, Recipe(keep={"a": range(6)}))
-    assert compensated(model, analysis.graph, plan, analysis.mean_inputs) == ({}, [])
-    cut(model, Recipe(keep={"a": range(6)}), x, mean_inputs=analysis.mean_inputs)
+    assert compensated(model, analysis.graph, plan, analysis.inputs) == ({}, {})
+    cut(model, Recipe(keep={"a": range(6)}), x, inputs=analysis.inputs)
     assert same(dict(before), dict(model.state_dict()))
 
 
@@ -154,12 +160,12 @@ def test_a_cut_that_fails_has_compensated_nothing(fails, monkeypatch):
     build, x = EXACT["linear"] if fails == "cut" else (NOWHERE["no bias, no norm"], images())
     model = built(build)
     before, sizes = copy.deepcopy(model.state_dict()), repr(model)
-    means = analyze(model, [x], compensate=True).mean_inputs
+    means = analyze(model, [x], compensate=True).inputs
     if fails == "cut":
         monkeypatch.setattr("lit_compress.slicing._note_sizes", lambda *args: 1 / 0)
     warnings.simplefilter("error", UserWarning)  # as pytest leaves a test, it puts the filters back
     with pytest.raises((UserWarning, ZeroDivisionError)):
-        cut(model, Recipe(keep={"a": KEPT}), x[:2], mean_inputs=means, verify=False)
+        cut(model, Recipe(keep={"a": KEPT}), x[:2], inputs=means, verify=False)
     assert same(dict(before), dict(model.state_dict()))
     assert repr(model) == sizes
     assert plan_of(model) is None
@@ -171,9 +177,9 @@ def test_a_layer_called_by_keyword_is_compensated_as_any_other(name):
     plain, model = built(build), built(build)
     run = model.function
     model.function = lambda m, x: run(Keywords(m), x)
-    expected, found = (analyze(network, x.split(16), compensate=True).mean_inputs for network in (plain, model))
+    expected, found = (analyze(network, x.split(16), compensate=True).inputs for network in (plain, model))
     assert "b" in found
-    assert same(expected, found)
+    assert all(torch.equal(found[name].mean, given.mean) for name, given in expected.items())
 
 
 class Keywords:
@@ -193,12 +199,12 @@ def test_only_the_readers_of_removed_channels_move():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     analysis = analyze(model, [x], compensate=True)
     plan = plan_for(model, analysis.graph, Recipe(keep={"a": KEPT}))
-    values, without = compensated(model, analysis.graph, plan, analysis.mean_inputs)
-    assert (values.keys(), without) == ({"n.running_mean"}, [])
+    values, left_out = compensated(model, analysis.graph, plan, analysis.inputs)
+    assert (values.keys(), left_out) == ({"n.running_mean"}, {})
     assert not torch.equal(values["n.running_mean"], before["n.running_mean"])
     assert same(before, dict(model.state_dict()))  # to be put there after the cut, which may fail
     parameters = dict(model.named_parameters())
-    cut_a(model, x, mean_inputs=analysis.mean_inputs)
+    cut_a(model, x, inputs=analysis.inputs)
     assert torch.equal(model.n.running_mean, values["n.running_mean"])
     assert dict(model.named_parameters()) == parameters  # the same objects
 
@@ -233,10 +239,11 @@ def test_layers_with_nowhere_to_put_the_mean_are_reported_and_left_alone(name):
     analysis = analyze(model, [x], compensate=True)
     plan = plan_for(model, analysis.graph, Recipe(keep={"a": KEPT}))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert compensated(model, analysis.graph, plan, analysis.mean_inputs) == ({}, ["b"])
+    why = UNKNOWN if name in ("transposed", "masked weight") else NOWHERE_TO_PUT_IT
+    assert compensated(model, analysis.graph, plan, analysis.inputs) == ({}, {why: ["b"]})
     assert same(before, dict(model.state_dict()))
-    with pytest.warns(UserWarning, match="Layers 'b' read removed channels but have no bias"):
-        cut_a(model, x, mean_inputs=analysis.mean_inputs)
+    with pytest.warns(UserWarning, match=f"Layers 'b' read removed channels but {re.escape(why)}"):
+        cut_a(model, x, inputs=analysis.inputs)
 
 
 def test_a_norm_of_two_layers_takes_no_mean():
@@ -251,12 +258,13 @@ def test_a_norm_of_two_layers_takes_no_mean():
 def test_the_readers_are_the_layers_whose_input_may_be_cut():
     build, x = EXACT["convolution with norm"]
     model = built(build)
-    assert readers(trace(model, lambda: model(x))) == {"b": 6, "f": 4}  # `a` reads the image
+    found = readers(trace(model, lambda: model(x)))
+    assert {name: reader.size for name, reader in found.items()} == {"b": 6, "f": 4}  # `a` reads the image
 
 
 def test_without_asking_nothing_is_gathered():
     build, x = EXACT["linear"]
-    assert analyze(built(build), [x]).mean_inputs is None
+    assert analyze(built(build), [x]).inputs is None
 
 
 # ---------------------------------------------------------------- the mean

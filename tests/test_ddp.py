@@ -31,8 +31,10 @@ from lit_compress.callbacks import (
 from lit_compress.gates import gates_of
 from lit_compress.layers import RankFactorizedLinear
 from lit_compress.selection import pib
-from lit_compress.statistics import StreamingEntropies, StreamingMean, gather_covariances
-from lit_compress.statistics.gather import in_order
+from lit_compress.skips import Tap
+from lit_compress.statistics import StreamingCovariance, StreamingEntropies, StreamingMean, gather_covariances
+from lit_compress.statistics.covariance import spatial_max
+from lit_compress.statistics.gather import Watched, gather, in_order
 from tests.modules import (
     CLOCK,
     At,
@@ -122,7 +124,11 @@ def cut_at_once(folder, options, module=Theirs, count=287):
 
 
 @pytest.mark.parametrize("size", [2, THREE])
-@pytest.mark.parametrize("options", [{}, {"energy": 0.9, "max_samples": 151, "compensate": True}], ids=["kl", "energy"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"energy": 0.9, "max_samples": 151, "compensate": True}, {"select": "reconstruction", "compensate": "linear"}],
+    ids=["kl", "energy", "linear"],
+)
 def test_any_number_of_processes_gives_the_same_recipe_from_the_same_data(processes, size, options, tmp_path):
     recipe, before, after, alone = cut_at_once(tmp_path / "one", options)
     assert any(width < 12 for width in map(len, recipe["keep"].values()))  # something was cut
@@ -598,11 +604,13 @@ def _gather(by_rank):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     batches = torch.randn(30, 4).split(by_rank)
-    means = {"2": StreamingMean(5, sync_on_compute=False)}
-    found = gather_covariances(
-        model, batches[ranks.rank() :: 2] if ranks.world_size() > 1 else batches, {"0": 5}, model, means=means
-    )
-    return int(found["0"].count), found["0"].compute(), means["2"].compute()
+    metrics = {"0": StreamingCovariance(5, sync_on_compute=False), "2": StreamingMean(5, sync_on_compute=False)}
+    watched = {
+        "0": Watched(Tap("0"), metrics["0"], spatial_max),
+        "2": Watched(Tap("2", "input"), metrics["2"], at_once=True),
+    }
+    gather(model, batches[ranks.rank() :: 2] if ranks.world_size() > 1 else batches, watched, model)
+    return int(metrics["0"].count), metrics["0"].compute(), metrics["2"].compute()
 
 
 def _all_have_nothing():

@@ -61,8 +61,8 @@ def run_seed(network: str, data: MNISTDataModule, seed: int, epochs: int, random
 
     def small(recipe: Recipe, compensate: bool = False) -> nn.Module:
         net = copy.deepcopy(full)
-        means = analysis.mean_inputs if compensate else None
-        cut(net, recipe, example, graph=analysis.graph, mean_inputs=means)
+        means = analysis.inputs if compensate else None
+        cut(net, recipe, example, graph=analysis.graph, inputs=means)
         return net
 
     for name, energy in TARGETS.items():

@@ -11,6 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+_ROWS = 2**16  # samples that are added at once: their float64 copies need room
+
 
 class StreamingCovariance(Metric):
     r"""Covariance of a layer's channel responses over a stream of batches.
@@ -87,6 +89,10 @@ class StreamingCovariance(Metric):
             raise ValueError(f"Expected responses of a floating point dtype but got {responses.dtype}.")
         samples = spatial_max(responses).to(self.scatter.device)
         if len(samples) == 0:
+            return
+        if len(samples) > _ROWS:
+            for part in samples.split(_ROWS):
+                self.update(part)
             return
         # Seen from its first sample, a channel that never changes is exactly 0; its plain mean would be off by a rounding.
         first = samples[0].double()

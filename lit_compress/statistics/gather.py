@@ -21,7 +21,6 @@ from lit_compress.graph import evaluating
 from lit_compress.padding import PaddedBack
 from lit_compress.skips import Tap
 from lit_compress.statistics.covariance import StreamingCovariance, spatial_max
-from lit_compress.statistics.mean import StreamingMean
 
 # Wraps an iterable of batches, of a known number or None, in a progress bar.
 _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)  # they may go through the whole data set
@@ -36,7 +35,6 @@ def gather_covariances(
     *,
     max_samples: int | None = None,
     taps: Mapping[str, Tap] | None = None,
-    means: Mapping[str, StreamingMean] | None = None,
 ) -> dict[str, StreamingCovariance]:
     """Covariance of the responses of many layers, from one pass in evaluation mode that leaves the network as it was.
 
@@ -52,7 +50,6 @@ def gather_covariances(
         run: Runs the network on a batch.
         max_samples: Stop after the batch that reaches this number of samples, on this rank. None for all.
         taps: Where to find what is not a layer's output, such as the sum of two branches.
-        means: Names of layers whose mean input is wanted, filled in place.
 
     Returns:
         A filled :class:`StreamingCovariance` for each layer; memory does not grow with the number of samples.
@@ -62,7 +59,7 @@ def gather_covariances(
     """
     covariances = {name: StreamingCovariance(channels, sync_on_compute=False) for name, channels in layers.items()}
     watched = {name: Watched((taps or {}).get(name, Tap(name)), metric, spatial_max) for name, metric in covariances.items()}
-    gather(model, batches, watched, run, max_samples=max_samples, means=means)
+    gather(model, batches, watched, run, max_samples=max_samples)
     return covariances
 
 
@@ -75,12 +72,14 @@ class Watched:
         metric: Updated with it after each batch, its channels in the second dimension.
         summary: What the metric is to see of it, taken right away; a tensor of its own, or the very tensor.
         dim: The dimension of its channels. None for a layer's own responses, whose weight tells.
+        at_once: Update the metric as soon as the tensor is there: for summaries too large to be kept until the batch ends.
     """
 
     tap: Tap
     metric: Metric
     summary: Callable[[Tensor], Tensor] = lambda value: value
     dim: int | None = None
+    at_once: bool = False
 
 
 def gather(
@@ -90,7 +89,6 @@ def gather(
     run: Callable[[Any], Any],
     *,
     max_samples: int | None = None,
-    means: Mapping[str, StreamingMean] | None = None,
 ) -> int:
     """Fill metrics from one pass in evaluation mode that leaves the network as it was.
 
@@ -100,7 +98,6 @@ def gather(
         watched: Name of a layer, for errors, to what is looked at.
         run: Runs the network on a batch.
         max_samples: As for :func:`gather_covariances`, and the rest as there.
-        means: As there.
 
     Returns:
         The samples that all ranks have seen.
@@ -114,12 +111,11 @@ def gather(
     def respond(name: str, output: Tensor) -> None:
         with _naming(name):
             summary = watched[name].summary(output)
+            if watched[name].at_once:
+                watched[name].metric.update(summary)
+                return
         # The network may go on to change the output in place.
         responses.append((name, summary.clone() if summary is output else summary))
-
-    def average(name: str, value: Tensor) -> None:
-        with _naming(name):
-            means[name].update(value)  # type: ignore[index]  # called for its own names alone
 
     seen = 0
     with ranks.as_one(), ExitStack() as stack:
@@ -128,7 +124,6 @@ def gather(
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         watches = [_Watch(model, what.tap, partial(respond, name), what.dim) for name, what in watched.items()]
-        watches += [_Watch(model, Tap(name, "input"), partial(average, name)) for name in means or ()]
         for watch in watches:
             stack.callback(watch.handle.remove)
         for batch in batches:
@@ -145,7 +140,7 @@ def gather(
     with ranks.as_one():
         if (together := sum(ranks.share(seen))) == 0:
             raise ValueError("The analysis needs data, but the loader gave no batch.")
-        _add_up([*((name, what.metric) for name, what in watched.items()), *(means or {}).items()])
+        _add_up([(name, what.metric) for name, what in watched.items()])
     return together
 
 
