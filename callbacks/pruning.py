@@ -53,7 +53,7 @@ from lit_compress.recipe import Recipe
 from lit_compress.report import count_bytes, count_parameters
 from lit_compress.spectra import PFA
 from lit_compress.statistics.gather import first_samples
-from lit_compress.surgery import cut, plan_for
+from lit_compress.surgery import cut, cut_copy, plan_for
 
 
 class PruningCallback(Callback, ABC):
@@ -458,7 +458,7 @@ class PruningCallback(Callback, ABC):
                 for follow in followers:
                     follow()
                 for average in averages:
-                    plan.apply_to(average)
+                    cut_copy(average, plan, analysis.graph, analysis.inputs)
                 if self.weights == "random":
                     draw_anew(pl_module, averages, trainer.optimizers)
                 share(None)  # norms that sync over ranks talk to the others in training mode

@@ -86,18 +86,46 @@ def cut(
         SelfCheck(model, graph, plan, forward_fn, example_inputs).compare()
     before = plan_of(model)
     composed = plan if before is None else before.then(plan)
-    values: dict[str, Tensor] = {}
-    if inputs is not None:
-        values, left_out = compensated(model, graph, plan, inputs)
-        for why, layers in left_out.items():
-            warnings.warn(f"Layers {_listed(layers)} read removed channels but {why}.", stacklevel=2)
-    compensation = {name: plan.take(name, value) for name, value in values.items()}
+    compensation = _compensation(model, graph, plan, inputs)
     plan.cut_module(model)
-    tensors = all_tensors(model)
-    for name, value in compensation.items():
-        set_data(tensors[name], value)
+    _put(model, compensation)
     note_plan(model, composed)
     return plan
+
+
+def cut_copy(copy: nn.Module, plan: Plan, graph: ChannelGraph, inputs: Mapping[str, LayerInput] | None = None) -> None:
+    """Cut a copy of a network, such as an average of its weights, as the network was cut: by its own weights, compensated alike.
+
+    Args:
+        copy: Of the names and sizes that the network had before the cut.
+        plan: From :func:`cut`.
+        graph: Of the network before the cut.
+        inputs: As for :func:`cut`.
+
+    Raises:
+        ValueError: If the copy does not fit the plan. It is then unchanged.
+    """
+    compensation = _compensation(copy, graph, plan, inputs, warn=False)  # it was said of the network
+    plan.apply_to(copy)
+    _put(copy, compensation)
+
+
+def _compensation(
+    model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: Mapping[str, LayerInput] | None, *, warn: bool = True
+) -> dict[str, Tensor]:
+    """Name of a tensor to what it will be after the cut, compensated."""
+    if inputs is None:
+        return {}
+    values, left_out = compensated(model, graph, plan, inputs)
+    for why, layers in left_out.items() if warn else ():
+        warnings.warn(f"Layers {_listed(layers)} read removed channels but {why}.", stacklevel=3)
+    return {name: plan.take(name, value) for name, value in values.items()}
+
+
+def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    tensors = all_tensors(model)
+    for name, value in values.items():
+        set_data(tensors[name], value)
 
 
 def under_names_of(model: nn.Module, recipe: Recipe) -> Recipe:

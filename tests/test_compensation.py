@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import pytorch_lightning
 import torch
 from pytorch_lightning import LightningModule, seed_everything
 from torch import nn
@@ -14,13 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_compress import Recipe, analyze, cut, load_pruned
 from lit_compress.callbacks import PFAPruning
+from lit_compress.callbacks.companions import averages_of
 from lit_compress.compensation import compensated
 from lit_compress.graph import trace
 from lit_compress.inputs import readers
 from lit_compress.plan import plan_of
 from lit_compress.statistics.mean import StreamingMean
 from lit_compress.surgery import plan_for
-from tests.modules import every_epoch, new_trainer, same
+from tests.modules import every_epoch, needs_averaging, new_trainer, same
 from tests.networks import Net, clone, conv, randomized, relative_error
 
 GONE = (1, 4)  # channels of 6 that give the same whatever comes in
@@ -353,14 +355,45 @@ def test_the_callback_compensates(tmp_path, compensated):
     assert (error < 1e-5) == compensated
 
 
-def test_a_compensated_run_resumed_is_the_same_run(tmp_path):
-    whole, pruning = fit_plain(tmp_path, every_epoch(tmp_path), compensate=True)
+LINEAR = {"compensate": "linear", "select": "reconstruction"}
+
+
+@pytest.mark.parametrize("options", [{"compensate": True}, LINEAR], ids=["mean", "linear"])
+def test_a_compensated_run_resumed_is_the_same_run(tmp_path, options):
+    whole, pruning = fit_plain(tmp_path, every_epoch(tmp_path), **options)
     assert len(pruning.reports[0].recipe.keep["a"]) < 6
-    without, _ = fit_plain(tmp_path / "without", compensate=False)
+    without, _ = fit_plain(tmp_path / "without", **{**options, "compensate": False})
     assert not torch.equal(without.n.running_mean, whole.n.running_mean)
     for epoch in (1, 2):  # before the cut, and after
-        resumed, again = fit_plain(tmp_path / "resumed", ckpt_path=tmp_path / f"epoch={epoch}.ckpt", compensate=True)
+        resumed, again = fit_plain(tmp_path / "resumed", ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **options)
         assert len(again.reports) == 1
         assert same(dict(whole.state_dict()), dict(resumed.state_dict()))
     loaded = load_pruned(Plain(), tmp_path / "epoch=3.ckpt").eval()
     assert torch.equal(loaded(images()), whole.eval()(images()))
+
+
+@needs_averaging
+@pytest.mark.parametrize("how", [True, "linear"])
+def test_an_average_of_the_weights_is_compensated_by_its_own(tmp_path, how):
+    found = {}
+
+    class Watch(PFAPruning):
+        def cut_now(self, trainer, pl_module):
+            (average,) = averages_of(trainer)
+            for network in (pl_module, average):  # channels that the mean, and the channels kept, tell about
+                network.a.weight.data[1], network.a.bias.data[1] = 0, 0.7
+                network.a.weight.data[4], network.a.bias.data[4] = network.a.weight.data[0], network.a.bias.data[0]
+            uncut = copy.deepcopy(average).eval()
+            super().cut_now(trainer, pl_module)
+            with torch.no_grad():
+                found.update(before=uncut(images()), after=average.eval()(images()), now=pl_module.eval()(images()))
+
+    seed_everything(2, verbose=False)
+    data = TensorDataset(x := images(256), x.mean((2, 3)).argmax(1))
+    pruning = Watch(energy=0.99, at_epoch=2, include=["a"], compensate=how, select="reconstruction")
+    trainer = new_trainer(tmp_path, pruning, pytorch_lightning.callbacks.EMAWeightAveraging(decay=0.9), max_epochs=3)
+    trainer.fit(Plain(), DataLoader(data, 16), DataLoader(data, 16))
+    assert len(pruning.reports[0].recipe.keep["a"]) <= 4
+    assert relative_error([found["after"]], [found["now"]]) > 1e-2  # not the same weights
+    error = relative_error([found["after"]], [found["before"]])
+    assert error < (0.05 if how == "linear" else 0.5), error

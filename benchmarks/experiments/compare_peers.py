@@ -21,6 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
+from math import isnan, nan
 from os import devnull
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from benchmarks.experiments.figures import plain_log_scales
-from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, train
+from benchmarks.experiments.training import Finished, Run, grouped, mean_and_spread, quiet, test, train
 from benchmarks.page import PAGE, Section, commit, machine, write
 from benchmarks.peers import TOOLS
 from benchmarks.timing import Candidate, interleaved, threads
@@ -48,13 +49,16 @@ LOOKS = 10  # batches whose gradients are taken, as there
 KL_SIZE = "PFA-KL's"
 SHARES = (0.1, 0.05, 0.02)
 SIZES = (KL_SIZE, *(f"{100 * share:g} %" for share in SHARES))
+BY_RECONSTRUCTION: dict[str, Any] = {"select": "reconstruction", "compensate": "linear"}
 OURS: dict[str, dict[str, Any]] = {
     "PFA": {},
     "PFA, compensated": {"compensate": True},
     "PFA, distilled": {"distill_from_unpruned": True},
     "PFA, both": {"compensate": True, "distill_from_unpruned": True},
+    "PFA by reconstruction": BY_RECONSTRUCTION,
+    "PFA by reconstruction, distilled": {**BY_RECONSTRUCTION, "distill_from_unpruned": True},
 }
-CLAIM = "PFA, both"
+CLAIM = "PFA by reconstruction, distilled"
 WIDTHS_OF = "Torch-Pruning: magnitude"
 AT_THEIR_WIDTHS = f"PFA at the widths of {WIDTHS_OF}"
 MASK = "Lightning: mask"
@@ -203,6 +207,20 @@ class MaskedFromTheStart(ModelPruning):
 # ---------------------------------------------------------------- the runs
 
 
+class Look(pl.Callback):
+    """Tests the network right after the cut of a callback before it."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.accuracy = nan
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isnan(self.accuracy):
+            self.accuracy = test(pl_module.net, self.data)  # type: ignore[arg-type]
+            pl_module.train()
+
+
 class Comparison:
     """All runs on the network of one seed.
 
@@ -223,7 +241,7 @@ class Comparison:
         share_of_kl = self.pfa.parameters(self.pfa.recipe()) / self.pfa.original("parameters")
         self.sizes = dict(zip(SIZES, (share_of_kl, *SHARES), strict=True))
         if not self._done("uncut", "100 %"):
-            self._keep("uncut", "100 %", self.full, accuracy)
+            self._keep("uncut", "100 %", self.full, accuracy, accuracy)
 
     def run(self) -> None:
         """Whatever is not yet done."""
@@ -236,7 +254,7 @@ class Comparison:
             if missing and not TOOLS[method.partition(":")[0]].missing:
                 net = copy.deepcopy(self.full)
                 for size, small in on_the_way_down(net, start(net, self.data), missing):
-                    self._keep(method, size, small, self._train(small, self.options.fine_tune))
+                    self._keep(method, size, small, test(small, self.data), self._train(small, self.options.fine_tune))
         for size, share in self.sizes.items():
             self._tuned(MASK, size, MaskedFromTheStart(share))
         self._at_their_widths()
@@ -255,13 +273,14 @@ class Comparison:
             }
             net = copy.deepcopy(self.full)
             cut(net, Recipe(keep=keep), example_of(self.data))
-            self._keep(AT_THEIR_WIDTHS, size, net, self._train(net, self.options.fine_tune))
+            self._keep(AT_THEIR_WIDTHS, size, net, test(net, self.data), self._train(net, self.options.fine_tune))
 
     def _tuned(self, method: str, size: str, callback: pl.Callback) -> None:
         """A copy of the full network, fine-tuned with a callback that makes it smaller before the first step."""
         if not self._done(method, size):
-            net = copy.deepcopy(self.full)
-            self._keep(method, size, net, self._train(net, self.options.fine_tune, callback))
+            net, look = copy.deepcopy(self.full), Look(self.data)
+            accuracy = self._train(net, self.options.fine_tune, callback, look)
+            self._keep(method, size, net, look.accuracy, accuracy)
 
     def _train(self, net: nn.Module, epochs: int, *callbacks: pl.Callback) -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -270,11 +289,11 @@ class Comparison:
     def _done(self, method: str, size: str) -> bool:
         return self.finished.holds(seed=self.seed, method=method, size=size)
 
-    def _keep(self, method: str, size: str, net: nn.Module, accuracy: float) -> None:
-        """Write down what a method came to."""
+    def _keep(self, method: str, size: str, net: nn.Module, at_once: float, accuracy: float) -> None:
+        """Write down what a method came to: its accuracy right after the cut, and fine-tuned."""
         whole, example = count_parameters(self.full), example_of(self.data)
         run: Run = {
-            "seed": self.seed, "method": method, "size": size, "accuracy": accuracy,
+            "seed": self.seed, "method": method, "size": size, "at_once": at_once, "accuracy": accuracy,
             "parameters": count_parameters(net) / whole,
             "not_zero": sum(int(parameter.count_nonzero()) for parameter in net.parameters()) / whole,
             "mult_adds": count_mult_adds(net, example) / count_mult_adds(self.full, example),
@@ -317,6 +336,7 @@ def section(runs: Sequence[Run]) -> Section:
         target=f"'{CLAIM}' at least equal to the best of the other tools that make networks smaller, at every size.",
         tables={
             f"Test accuracy, fine-tuned; mean (deviation) over seeds; uncut {mean_and_spread(uncut)}": _by_size(small, _accuracy),
+            "Right after the cut, before any fine-tuning": _by_size(small, lambda cell: mean_and_spread(cell, of="at_once")),
             "Left of the uncut network, in percent: parameters / mult-adds / time of a batch": _by_size(
                 chosen, lambda cell: " / ".join(_percent(cell, of) for of in ("parameters", "mult_adds", "time"))
             ),
@@ -373,15 +393,15 @@ MARKERS = "osv^DPX<>"
 
 
 def picture(runs: Sequence[Run]) -> Figure:
-    """Test error over parameters and over mult-adds: means over seeds, and bars from least to most."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    """Test error over parameters, mult-adds and time: means over seeds, and bars from least to most."""
+    figure = Figure(figsize=(17, 5.5), layout="constrained")
     shown = (run for run in runs if run["method"] not in ("uncut", AT_THEIR_WIDTHS))
     methods = grouped(shown, lambda run: (run["method"],))
     uncut = statistics.mean(100 * (1 - run["accuracy"]) for run in runs if run["method"] == "uncut")
-    for axes, measure in zip(figure.subplots(1, 2, sharey=True), ("parameters", "mult_adds"), strict=True):
+    for axes, measure in zip(figure.subplots(1, 3, sharey=True), ("parameters", "mult_adds", "time"), strict=True):
         drawn: Counter[str] = Counter()
         for (method,), of_method in methods.items():
-            if method == MASK and measure == "mult_adds":
+            if method == MASK and measure != "parameters":
                 continue  # it saves none
             tool = "PFA" if method in OURS else method.partition(":")[0]
             where = "not_zero" if method == MASK else measure
@@ -399,7 +419,12 @@ def picture(runs: Sequence[Run]) -> Figure:
             )  # fmt: skip
             drawn[tool] += 1
         axes.axhline(uncut, color="black", linestyle=":", linewidth=1, label="uncut")
-        axes.set(xlabel=f"% of the {measure.replace('_', '-')}", ylabel="test error, %", xscale="log", yscale="log")
+        axes.set(
+            xlabel=f"% of the {measure.replace('_', '-')}{' of a batch' if measure == 'time' else ''}",
+            ylabel="test error, %",
+            xscale="log",
+            yscale="log",
+        )
         plain_log_scales(axes)
         axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
