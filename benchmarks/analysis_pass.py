@@ -33,6 +33,7 @@ def measure(quick: bool, rounds: int | None) -> Section:
                 [
                     Candidate(PASS, lambda _: gather_covariances(net, batches, layers, net, taps=taps)),
                     Candidate("analyze: trace, pass and spectra", lambda _: analyze(net, batches)),
+                    Candidate("analyze, with compensate='linear'", lambda _: analyze(net, batches, compensate="linear")),
                     Candidate("keeping all responses, then torch.cov", lambda _: kept_responses(net, batches, layers, taps)),
                 ],
                 rounds=rounds or (2 if quick else 10),
