@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.page import Section, main
 from benchmarks.subjects import observations, resnet56
-from benchmarks.timing import Candidate, interleaved, ratio_text, threads
+from benchmarks.timing import CPU, Candidate, interleaved, ratio_text, threads
 from lit_compress import analyze
 from lit_compress.graph import evaluating, trace
 from lit_compress.skips import Tap
@@ -18,15 +18,15 @@ from lit_compress.statistics import gather_covariances
 PASS = "gather_covariances"
 
 
-def measure(quick: bool, rounds: int | None) -> Section:
+def measure(quick: bool, rounds: int | None, device: torch.device = CPU) -> Section:
     """ResNet-56 on images of CIFAR's shape, with one and two threads."""
     batch = 8 if quick else 128
-    name, net, images = resnet56(quick=quick, batch=batch)
+    name, net, images = resnet56(quick=quick, batch=batch, device=device)
     batches = [images + 0.1 * shift for shift in range(2 if quick else 6)]
     graph = trace(net, lambda: net(images[:1]))
     layers, taps = observations(graph)
     tables, verdicts = {}, []
-    for count in (1, 2):
+    for count in (1, 2) if device == CPU else (1,):
         with threads(count):
             compared = interleaved(
                 Candidate("plain evaluation pass", lambda _: evaluation_pass(net, batches)),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.page import Section, main
 from benchmarks.subjects import every_other_channel, resnet50, resnet56, torch_pruning, torch_pruning_version
-from benchmarks.timing import Candidate, Comparison, figure, interleaved, threads
+from benchmarks.timing import CPU, Candidate, Comparison, figure, interleaved, threads
 from lit_compress import Recipe, count_parameters, cut
 from lit_compress.graph import trace
 
@@ -18,12 +18,12 @@ CHECKED, UNCHECKED = "cut", "cut(verify=False)"
 PEER = "Torch-Pruning: graph and prune"
 
 
-def measure(quick: bool, rounds: int | None) -> Section:
+def measure(quick: bool, rounds: int | None, device: torch.device = CPU) -> Section:
     """Half of the channels of ResNet-56 and ResNet-50, beside Torch-Pruning cutting the very same."""
     tables, verdicts = {}, []
     # With its zero-padded shortcuts cut by Torch-Pruning, ResNet-56 does not run; the layers inside its blocks both can cut.
     for subject, tied in ((resnet56, False), (resnet56, True), (resnet50, True)):
-        name, net, images = subject(quick=quick)
+        name, net, images = subject(quick=quick, device=device)
         caption = f"{name}, {'all layers' if tied else 'the layers inside the blocks'}"
         with threads(1):
             compared = _compared(net, images, tied, rounds or (2 if quick else 10))

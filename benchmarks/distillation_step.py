@@ -15,11 +15,12 @@ from torch.utils.data import TensorDataset, default_collate
 
 from benchmarks.allocation import allocated
 from benchmarks.page import Section, main
-from benchmarks.timing import Candidate, Comparison, interleaved, threads
+from benchmarks.timing import CPU, Candidate, Comparison, interleaved, threads
 from lit_compress.losses import KnowledgeDistillation, knowledge_distillation
 from lit_compress.losses.confidence import hint, mahalanobis
 from lit_compress.models import WideResNet
 from lit_compress.modules import LitDistiller
+from lit_compress.statistics.gather import to_device
 from lit_compress.teacher import Teacher
 from lit_compress.teacher_cache import SamplesWithReadings, SeededSamples, TeacherCache
 
@@ -29,23 +30,26 @@ LOSS: Any = {"form": "zagoruyko", "temperature": 4.0, "alpha": 0.9}  # a form th
 HEADS, CONFIDENCE = "200 passes of the head", "confidence loss, cached statistics"
 
 
-def measure(quick: bool, rounds: int | None) -> Section:
+def measure(quick: bool, rounds: int | None, device: torch.device = CPU) -> Section:
     """Steps with and without a cache; then what confidence costs."""
     torch.manual_seed(0)
     size = 4 if quick else 64
     rounds = rounds or (2 if quick else 4)
     depths = (10, 10) if quick else (40, 16)
-    teacher, student = WideResNet(depths[0], 2, num_classes=10), WideResNet(depths[1], 1, num_classes=10)
+    teacher = WideResNet(depths[0], 2, num_classes=10).to(device)
+    student = WideResNet(depths[1], 1, num_classes=10).to(device)
     with threads(1), tempfile.TemporaryDirectory() as folder:
         steps = Steps(teacher, student, size, Path(folder))
         uncached, cached = steps.compared(rounds)
-        heads = _heads(20 if quick else 200, 32 if quick else 224)
-        losses = _losses(nn.Linear(512, 64), torch.randn(size, 512), 20 * rounds)
+        heads = _heads(20 if quick else 200, 32 if quick else 224, device)
+        losses = _losses(nn.Linear(512, 64).to(device), torch.randn(size, 512, device=device), 20 * rounds)
         held = steps.held()
-        hinted = WideResNet(depths[1], 1, num_classes=64)  # its last layer as the hint
-        hints = _losses(hinted, torch.randn(size, 3, 32, 32), rounds)
-    ratio = 1 / heads[HEADS].ratio(heads.baseline, cpu=True).median
-    wider = hints[CONFIDENCE].ratio(hints.baseline, cpu=True)
+        hinted = WideResNet(depths[1], 1, num_classes=64).to(device)  # its last layer as the hint
+        hints = _losses(hinted, torch.randn(size, 3, 32, 32, device=device), rounds)
+    cpu = device == CPU  # a GPU's time is on the wall alone
+    clock = "of the CPU's time" if cpu else "on the wall"
+    ratio = 1 / heads[HEADS].ratio(heads.baseline, cpu=cpu).median
+    wider = hints[CONFIDENCE].ratio(hints.baseline, cpu=cpu)
     return Section(
         question="What does a step of distillation cost?",
         target=(
@@ -62,11 +66,11 @@ def measure(quick: bool, rounds: int | None) -> Section:
             f"the losses alone: a student of one linear layer, batch {size}": losses.table(),
         },
         verdicts=[
-            f"uncached: of the CPU's time, {uncached.beside_spread(UNCACHED, cpu=True)}",
-            *([f"torchdistill: of the CPU's time, {uncached.beside_spread(PEER, cpu=True)}"] if PEER in held else []),
-            f"cached: of the CPU's time, {cached.beside_spread(CACHED, cpu=True)}",
-            f"passes of the head are {ratio:.0f} times as cheap as full passes, of the CPU's time",
-            f"a confidence step takes {wider.median:.2f} ({wider.lower:.2f}–{wider.upper:.2f})× a hint step, of the CPU's time",
+            f"uncached: {clock}, {uncached.beside_spread(UNCACHED, cpu=cpu)}",
+            *([f"torchdistill: {clock}, {uncached.beside_spread(PEER, cpu=cpu)}"] if PEER in held else []),
+            f"cached: {clock}, {cached.beside_spread(CACHED, cpu=cpu)}",
+            f"passes of the head are {ratio:.0f} times as cheap as full passes, {clock}",
+            f"a confidence step takes {wider.median:.2f} ({wider.lower:.2f}–{wider.upper:.2f})× a hint step, {clock}",
         ],
         settings={"threads": 1, "rounds": rounds, "torchdistill": _version()},
     )
@@ -83,18 +87,19 @@ class Steps:
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, size: int, folder: Path) -> None:
+        self.device = next(student.parameters()).device
         data = TensorDataset(torch.randn(2 * size, 3, 32, 32), torch.randint(10, (2 * size,)))
         distiller = LitDistiller(teacher, student, [KnowledgeDistillation(**LOSS)])
         distiller.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no Trainer
         self.optimizer = torch.optim.SGD(student.parameters(), 1e-3, momentum=0.9)
         samples = SeededSamples(data)
         cache = TeacherCache(folder / "cache", distiller.teacher, samples)
-        cache.fill(distiller.teacher, torch.device("cpu"))
+        cache.fill(distiller.teacher, self.device)
         cached = SamplesWithReadings(cache)
         indices = list(range(size))
 
         def batch(source: Any) -> Any:
-            return default_collate(source.__getitems__(indices))
+            return to_device(default_collate(source.__getitems__(indices)), self.device)
 
         inputs, labels = batch(samples)
         with torch.no_grad():
@@ -141,7 +146,7 @@ class Steps:
 
     def held(self) -> dict[str, float]:
         """The most MiB that a step of each way allocates at once."""
-        return {way: allocated(lambda way=way: self.step(way)) for way in self.losses}  # type: ignore[misc]
+        return {way: allocated(lambda way=way: self.step(way), self.device) for way in self.losses}  # type: ignore[misc]
 
 
 def _torchdistill(teacher: nn.Module, student: nn.Module) -> Any:
@@ -159,7 +164,7 @@ def _torchdistill(teacher: nn.Module, student: nn.Module) -> Any:
     }
     frozen = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
     box = import_module("torchdistill.core.distillation").DistillationBox(
-        teacher, student, {}, settings, torch.device("cpu"), None, distributed=False, lr_factor=1
+        teacher, student, {}, settings, next(student.parameters()).device, None, distributed=False, lr_factor=1
     )
     for parameter, wanted in frozen.items():
         parameter.requires_grad_(wanted)
@@ -180,13 +185,13 @@ def _version() -> str:
     return metadata.version("torchdistill") if find_spec("torchdistill") else "not installed"
 
 
-def _heads(passes: int, pixels: int) -> Comparison:
+def _heads(passes: int, pixels: int, device: torch.device) -> Comparison:
     from torchvision.models import resnet18
 
     network = resnet18(num_classes=10)
     network.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 10))
-    teacher = Teacher(network, taps=[], sampled=["fc"], passes=passes)
-    inputs = torch.randn(1, 3, pixels, pixels)
+    teacher = Teacher(network.to(device), taps=[], sampled=["fc"], passes=passes)
+    inputs = torch.randn(1, 3, pixels, pixels, device=device)
 
     def full(_: Any) -> Tensor:
         with torch.no_grad():
@@ -201,8 +206,8 @@ def _heads(passes: int, pixels: int) -> Comparison:
 
 def _losses(student: nn.Module, inputs: Tensor, rounds: int) -> Comparison:
     size = len(inputs)
-    mean = torch.randn(size, 64)
-    samples = torch.randn(size, 64, 200)
+    mean = torch.randn(size, 64, device=inputs.device)
+    samples = torch.randn(size, 64, 200, device=inputs.device)
     covariance = samples @ samples.mT / 199
 
     def step(loss: Callable[[Tensor], Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.allocation import allocated
 from benchmarks.linear_peers import linear_peers, pointwise_peers, versions
 from benchmarks.page import Section, main
-from benchmarks.timing import Candidate, Comparison, interleaved, ratio_text, threads
+from benchmarks.timing import CPU, Candidate, Comparison, interleaved, ratio_text, threads
 from lit_compress.layers import (
     ACDCConv1x1,
     ACDCLinear,
@@ -34,7 +34,7 @@ PEERS = {"tensor_train": "tensor train", "tucker": "Tucker", "acdc": "ACDC"}
 TRAINING, INFERENCE = "a training step", "inference"
 
 
-def measure(quick: bool, rounds: int | None) -> Section:
+def measure(quick: bool, rounds: int | None, device: torch.device = CPU) -> Section:
     """Three subjects, each in training and in inference."""
     width, batches, channels, side = (16, (4, 8), 16, 4) if quick else (1024, (256, 4096), 256, 32)
     rounds = rounds or (2 if quick else 5)
@@ -52,19 +52,20 @@ def measure(quick: bool, rounds: int | None) -> Section:
     subjects.append(Subject(title, nn.Conv2d(channels, channels, 1), pointwise, their_pointwise, images))
     tables, verdicts = {}, []
     with threads(1):
-        for subject in subjects:
+        for subject in (subject.to(device) for subject in subjects):
             for task, run, goal in ((TRAINING, train, 1.3), (INFERENCE, infer, None)):
                 compared = compare(subject, run, rounds)
                 tables[f"{subject.title}: {task}"] = compared.table()
-                verdicts.append(f"{subject.title}, {task}: {verdict(compared, list(subject.ours), goal)}")
-                verdicts.append(f"{subject.title}, {task}: {against_peers(compared, subject)}")
+                cpu = device == CPU  # a GPU's time is on the wall alone
+                verdicts.append(f"{subject.title}, {task}: {verdict(compared, list(subject.ours), goal, cpu=cpu)}")
+                verdicts.append(f"{subject.title}, {task}: {against_peers(compared, subject, cpu=cpu)}")
             table, sentence = memory(subject)
             tables[f"{subject.title}: parameters, and memory that a training step allocates"] = table
             verdicts.append(f"{subject.title}, {sentence}")
     return Section(
         question="What does a compressed linear layer cost in time and memory?",
         target="a training step at most 1.3× the dense layer's at batch 4096, inference never slower beyond the spread, faster "
-        "than every peer; memory of a step at most the dense layer's and 10 % more. Ratios are of CPU seconds.",
+        "than every peer; memory of a step at most the dense layer's and 10 % more. Ratios are of CPU seconds; a GPU's of the wall.",
         tables=tables,
         verdicts=verdicts,
         settings={"threads": 1, "dtype": "float32", "parameters": f"about 1/{SHARE} of the dense layer's", **versions()},
@@ -80,6 +81,12 @@ class Subject:
     ours: dict[str, StructuredLinear]
     theirs: dict[str, nn.Module | None]
     x: Tensor
+
+    def to(self, device: torch.device) -> Subject:
+        """The same, all of it on a device."""
+        for module in self.modules().values():
+            module.to(device)
+        return replace(self, x=self.x.to(device))
 
     def modules(self) -> dict[str, nn.Module]:
         """All that is there."""
@@ -136,22 +143,22 @@ def compare(subject: Subject, run: Callable[[nn.Module, Tensor], None], rounds: 
     return interleaved(candidate("dense", subject.dense), candidates, rounds=rounds)
 
 
-def verdict(compared: Comparison, names: list[str], goal: float | None) -> str:
+def verdict(compared: Comparison, names: list[str], goal: float | None, *, cpu: bool) -> str:
     """Which kinds meet the goal, with the ratio of each that does not."""
-    ratios = {name: compared[name].ratio(compared.baseline, cpu=True) for name in names}
-    limit = compared.spread(cpu=True)[1] if goal is None else goal
+    ratios = {name: compared[name].ratio(compared.baseline, cpu=cpu) for name in names}
+    limit = compared.spread(cpu=cpu)[1] if goal is None else goal
     slower = [f"{name} {ratio_text(ratio)}×" for name, ratio in ratios.items() if ratio.median > limit]
     met = f"{len(names) - len(slower)} of {len(names)} kinds take at most {limit:.2f}× the dense layer"
     return f"{met}; not {', '.join(slower)}" if slower else met
 
 
-def against_peers(compared: Comparison, subject: Subject) -> str:
+def against_peers(compared: Comparison, subject: Subject, *, cpu: bool) -> str:
     """Which kinds are at least as fast as every peer of their form."""
     parts = []
     for kind, form in PEERS.items():
         for peer, module in subject.theirs.items():
             if module is not None and form in peer:
-                parts.append(f"{kind} takes {ratio_text(compared[kind].ratio(compared[peer], cpu=True))}× {peer}")
+                parts.append(f"{kind} takes {ratio_text(compared[kind].ratio(compared[peer], cpu=cpu))}× {peer}")
     return "; ".join(parts) or "no peer is installed"
 
 
@@ -162,7 +169,7 @@ def memory(subject: Subject) -> tuple[str, str]:
     for name, module in subject.modules().items():
         module.train()
         train(module, subject.x)  # gradients of parameters are there from now on
-        peaks[name] = allocated(lambda module=module: train(module, subject.x))  # type: ignore[misc]
+        peaks[name] = allocated(lambda module=module: train(module, subject.x), subject.x.device)  # type: ignore[misc]
         parameters = sum(parameter.numel() for parameter in module.parameters())
         lines.append(f"| {name} | {parameters} | {peaks[name]:.3g} | {peaks[name] / peaks['dense']:.2f} |")
     more = [f"{name} {peaks[name] / peaks['dense']:.2f}×" for name in subject.ours if peaks[name] > 1.1 * peaks["dense"]]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ class Section:
     verdicts: Sequence[str]
     settings: Mapping[str, object]
 
+    def beside(self, other: Section, where: str) -> Section:
+        """This section, and the tables and verdicts of the same benchmark on another device."""
+        tables = {**self.tables, **{f"{where}: {caption}": table for caption, table in other.tables.items()}}
+        return replace(self, tables=tables, verdicts=[*self.verdicts, *(f"{where}: {verdict}" for verdict in other.verdicts)])
+
     def markdown(self, command: str, machine: str) -> str:
         """The section, heading first."""
         parts = [f"## {self.question}", f"Target: {self.target}"]
@@ -45,12 +51,18 @@ class Section:
         return "\n\n".join([*parts, "\n".join(f"- {verdict}." for verdict in self.verdicts), f"*{settings}.*"])
 
 
-def main(name: str, measure: Callable[[bool, int | None], Section], argv: Sequence[str] | None = None, page: Path = PAGE) -> None:
+def devices() -> dict[str, torch.device]:
+    """The devices besides the CPU that are here, by the name of the machine's make."""
+    return {torch.cuda.get_device_name(): torch.device("cuda")} if torch.cuda.is_available() else {}
+
+
+def main(name: str, measure: Callable[..., Section], argv: Sequence[str] | None = None, page: Path = PAGE) -> None:
     """Run a benchmark from the command line and print its section.
 
     Args:
         name: The benchmark's module.
-        measure: Gives the section; told whether to be quick, and the number of rounds if one was given.
+        measure: Gives the section; told whether to be quick, and the number of rounds if one was given. What takes a ``device``
+            as well is measured once more on each of :func:`devices`.
         argv: Arguments; those of the process if None.
         page: Where ``--write`` puts it, if no other page is named.
 
@@ -63,7 +75,9 @@ def main(name: str, measure: Callable[[bool, int | None], Section], argv: Sequen
     parser.add_argument("--write", type=Path, nargs="?", const=page, metavar="PAGE", help=f"put the section into {page.name}")
     given = parser.parse_args(argv)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    section = measure(given.quick, given.rounds)
+    section: Section = measure(given.quick, given.rounds)
+    for where, device in devices().items() if "device" in inspect.signature(measure).parameters else ():
+        section = section.beside(measure(given.quick, given.rounds, device=device), where)
     options = " --quick" * given.quick + (f" --rounds {given.rounds}" if given.rounds else "")
     text = section.markdown(f"python -m benchmarks.{name}{options}", machine(load))
     print(text)

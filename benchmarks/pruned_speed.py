@@ -8,7 +8,7 @@ from torchvision.models import VGG
 from torchvision.models.vgg import make_layers
 
 from benchmarks.page import Section, main
-from benchmarks.timing import Candidate, interleaved, threads
+from benchmarks.timing import CPU, Candidate, interleaved, threads
 from lit_compress import analyze, cut
 from lit_compress.models import MLP, LeNet300100
 
@@ -16,10 +16,12 @@ BUILT, PRUNED = "built at the widths", "pruned to them"
 FULL = "before pruning"
 
 
-def measure(quick: bool, rounds: int | None) -> Section:
+def measure(quick: bool, rounds: int | None, device: torch.device = CPU) -> Section:
     """A network of linear layers and one of convolutions, pruned, and built anew with the widths that pruning left."""
     tables, verdicts = {}, []
-    for caption, (full, pruned, built, images) in _subjects(quick).items():
+    for caption, (*networks, inputs) in _subjects(quick).items():
+        full, pruned, built = (network.to(device) for network in networks)
+        images = inputs.to(device)
         with threads(1), torch.no_grad():
             compared = interleaved(
                 Candidate(BUILT, lambda _: built(images)),  # noqa: B023  # called at once

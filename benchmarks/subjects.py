@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.timing import CPU
 from lit_compress import Recipe
 from lit_compress.graph import ChannelGraph
 from lit_compress.models import ResNetCIFAR
@@ -26,20 +27,25 @@ class Subject(NamedTuple):
     net: nn.Module
     images: Tensor
 
+    def to(self, device: torch.device) -> Subject:
+        """The same on a device."""
+        return Subject(self.name, self.net.to(device), self.images.to(device))
 
-def resnet56(*, quick: bool = False, batch: int = 1) -> Subject:
+
+def resnet56(*, quick: bool = False, batch: int = 1, device: torch.device = CPU) -> Subject:
     """ResNet-56 for CIFAR with option A shortcuts, or ResNet-8."""
     torch.manual_seed(0)
     depth = 8 if quick else 56
-    return Subject(f"ResNet-{depth}, 32 px", ResNetCIFAR(depth).eval(), torch.randn(batch, 3, 32, 32))
+    return Subject(f"ResNet-{depth}, 32 px", ResNetCIFAR(depth).eval(), torch.randn(batch, 3, 32, 32)).to(device)
 
 
-def resnet50(*, quick: bool = False, batch: int = 1) -> Subject:
+def resnet50(*, quick: bool = False, batch: int = 1, device: torch.device = CPU) -> Subject:
     """ResNet-50 of torchvision with projections on images of 224 pixels, or a ResNet-14 on small ones."""
     if quick:
-        return Subject("ResNet-14, 16 px", ResNetCIFAR(14, width=8).eval(), torch.randn(batch, 3, 16, 16))
+        return Subject("ResNet-14, 16 px", ResNetCIFAR(14, width=8).eval(), torch.randn(batch, 3, 16, 16)).to(device)
     torch.manual_seed(0)
-    return Subject("ResNet-50, 224 px", torchvision.models.resnet50(weights=None).eval(), torch.randn(batch, 3, 224, 224))
+    net = torchvision.models.resnet50(weights=None).eval()
+    return Subject("ResNet-50, 224 px", net, torch.randn(batch, 3, 224, 224)).to(device)
 
 
 def observations(graph: ChannelGraph) -> tuple[dict[str, int], dict[str, Tap]]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 def _nothing() -> None:
     return None
@@ -223,10 +225,18 @@ def _swept() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _settle() -> None:
+    """Wait for what a GPU is still doing."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def _once(candidate: Candidate) -> Span:
     prepared = candidate.prepare()
     gc.collect()  # so that nobody pays for what another left behind
+    _settle()
     start = Span.now()
     result = candidate.run(prepared)
+    _settle()
     span = Span.now().since(start)
     return result if isinstance(result, Span) else span

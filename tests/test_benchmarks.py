@@ -3,6 +3,7 @@
 import re
 import sys
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_every_benchmark_fills_its_table(name, tmp_path, capsys):
         measured = all(re.match(r"-?\d", cell) for cell in cells)
         assert measured or cells[0] == "not installed" or "does not run" in cells[0], (first, cells)
     assert any(first.endswith(", again") for first, *_ in rows(printed)), "the baseline is to be measured twice"
+
+
+def test_what_takes_a_device_is_measured_on_every_one_that_is_here(monkeypatch, capsys):
+    """With the CPU in the place of another device, which no machine of the tests has."""
+    monkeypatch.setattr(page, "devices", lambda: {"Another": torch.device("cpu", 0)})
+    able = {name for name, module in BENCHMARKS.items() if "device" in signature(module.measure).parameters}
+    assert able == {"analysis_pass", "cut_time", "distillation_step", "linear_layers", "pruned_speed"}
+    for name in ("analysis_pass", "distillation_step", "linear_layers"):
+        page.main(name, BENCHMARKS[name].measure, ["--quick", "--rounds", "1"])
+        captions = re.findall(r"^\*\*(.*)\*\*$", capsys.readouterr().out, flags=re.MULTILINE)
+        there = [caption.removeprefix("Another: ") for caption in captions if caption.startswith("Another: ")]
+        assert there
+        assert set(there) <= {caption for caption in captions if not caption.startswith("Another: ")}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -72,7 +72,7 @@ def test_analyze_says_what_a_cut_would_do_and_changes_nothing(run, tmp_path, cap
     )
     shown = capsys.readouterr().out
     recipe = Recipe.load(tmp_path / "what" / "recipe.json")
-    assert recipe.method == "pfa(energy=0.8)"
+    assert recipe.method == "pfa(select=reconstruction, energy=0.8)"
     for layer, width in recipe.widths.items():
         row = next(line for line in shown.splitlines() if f" {layer} " in line)
         assert f" {width} " in row

@@ -40,8 +40,8 @@ def main(args: Sequence[str]) -> None:
     callbacks = [callback for callback in cli.trainer.callbacks if isinstance(callback, PruningCallback)]
     pruning = callbacks[0] if callbacks else PFAPruning()
     if given:  # another target; which layers, and how, is still for the config to say
-        how = ("include", "exclude", "min_width", "round_to", "skips", "max_samples")
-        how = (*how, "select") if isinstance(pruning, PFAPruning) else how
+        how = ["include", "exclude", "min_width", "round_to", "skips", "max_samples"]
+        how += ["select"] if isinstance(pruning, PFAPruning) else []
         pruning = PFAPruning(**given, **{name: getattr(pruning, name) for name in how})
     loader = analysis_loader(cli.datamodule)
     analysis = analyze(
