@@ -65,7 +65,7 @@ def measure(quick: bool, rounds: int | None, device: torch.device = CPU) -> Sect
     return Section(
         question="What does a compressed linear layer cost in time and memory?",
         target="a training step at most 1.3× the dense layer's at batch 4096, inference never slower beyond the spread, faster "
-        "than every peer; memory of a step at most the dense layer's and 10 % more. Ratios are of CPU seconds; a GPU's of the wall.",
+        "than every peer; memory of a step at most the dense layer's and 10 % more. Ratios are of CPU seconds.",
         tables=tables,
         verdicts=verdicts,
         settings={"threads": 1, "dtype": "float32", "parameters": f"about 1/{SHARE} of the dense layer's", **versions()},
