@@ -334,7 +334,7 @@ def test_table_3_1_runs_on_drawn_streets_and_goes_on_where_it_was_stopped(root, 
     runs = json.loads(out.read_text())
     assert [one["arm"] for one in runs] == ["baseline", "without BatchNorm", "SWWAE", "ROIAE"]
     assert all(0 <= one[split] <= 1 for one in runs for split in ("train", "test"))
-    assert "| 8 streets | ROIAE | 0.1 | adam |" in shown
+    assert "| 8 streets |  | ROIAE | 0.1 | adam | 1 |" in shown
 
     out.write_text(json.dumps(runs[:-1]))  # stopped before the last
     shown = run(root, "roi_autoencoder", arguments)

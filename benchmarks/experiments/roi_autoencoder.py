@@ -3,17 +3,19 @@
     python -m benchmarks.experiments.roi_autoencoder --seeds 0 1 2 --out docs/images/roi_autoencoder
     python -m benchmarks.experiments.roi_autoencoder --arms baseline ROIAE --images 60 1000 --shares 0.03 0.3 --out ...
     python -m benchmarks.experiments.roi_autoencoder --photographs DIR --arms baseline ROIAE --out ...
+    python -m benchmarks.experiments.roi_autoencoder --images 60 --pretrained 1000 --left_out 2 --arms baseline ROIAE --out ...
 
-A Faster R-CNN on a small VGG, trained from scratch: as it is, without batch norms, and with autoencoders that count the whole map
-(SWWAE) or what lies in boxes (ROIAE), on the same images for the same number of steps. Weights of the terms are found by their
-gradients. Photographs are those of COCO128, shrunk to the size of the streets. Prints the log-average miss rate on training and
-on held-out images, with 95 % intervals over seeds. Writes OUT.json after every run and goes on from it.
+A Faster R-CNN on a small VGG, trained from scratch: as it is, without batch norms, and with autoencoders that count the whole
+map (SWWAE) or what lies in boxes (ROIAE), on the same images for the same number of steps. Weights of the terms are found by
+their gradients. A pretrained detector has learnt from other streets before, and its first two macro-layers are then frozen.
+Photographs are those of COCO128, shrunk to the size of the streets. Prints the log-average miss rate on training and on held-
+out images, with 95 % intervals over seeds. Writes OUT.json after every run and goes on from it.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -143,20 +145,51 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-def run(data: PedestrianDataModule, arm: str, share: float, decoders: str, seed: int, steps: int, folder: Path) -> Run:
-    """Train one arm and score it."""
+def run(
+    data: PedestrianDataModule,
+    arm: str,
+    share: float,
+    decoders: str,
+    seed: int,
+    steps: int,
+    folder: Path,
+    left_out: int,
+    before: Mapping[str, torch.Tensor] | None,
+) -> Run:
+    """Train one arm and score it; so many of the first macro-layers are not reconstructed. ``before``: pretrained weights."""
     norms, mask = ARMS[arm]
     pl.seed_everything(seed, verbose=False)
     module = Trained(detector(norms), steps)
+    if before is not None:
+        module.net.load_state_dict(before)
+        freeze(module.net.backbone)
     callbacks: list[pl.Callback] = []
     if mask is not None:
-        layers, optimizer = macro_layers(module.net.backbone), adam if decoders == "adam" else None
+        layers, optimizer = macro_layers(module.net.backbone)[left_out:], adam if decoders == "adam" else None
         callbacks.append(RoIAutoencoder(layers, balance=share, mask=mask, optimizer=optimizer, draw_every_n_epochs=None))
     began = time.process_time()
     fit(module, data, ceil(steps / len(data.train_dataloader())), callbacks, folder)
     minutes = (time.process_time() - began) / 60
     splits: tuple[Split, ...] = ("train", "test")
     return {**{split: miss_rate(module.net, data, split) for split in splits}, "cpu_minutes": round(minutes, 2)}
+
+
+def pretrained(streets: int, norms: bool, seed: int, steps: int, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a detector that has learnt from other streets."""
+    pl.seed_everything(seed, verbose=False)
+    module = Trained(detector(norms), steps)
+    data = SyntheticPedestrianDataModule(size=SIZE, heights=HEIGHTS, train_size=streets, batch_size=2, seed=1 + seed)
+    fit(module, data, ceil(steps / len(data.train_dataloader())), (), folder)
+    return module.net.state_dict()
+
+
+def freeze(body: nn.Sequential) -> None:
+    """Leave the first two macro-layers as they are, their batch norms as well."""
+    second = [number for number, layer in enumerate(body) if isinstance(layer, nn.MaxPool2d)][1]
+    for layer in body[:second]:
+        layer.requires_grad_(False)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.0  # of the running statistics, which then stay
 
 
 def macro_layers(body: nn.Sequential) -> list[str]:
@@ -187,14 +220,26 @@ def interval(fractions: Sequence[float], sign: str = "") -> str:
 def table(done: Sequence[Run]) -> str:
     """Miss rates in percent with intervals over seeds, and points above the baseline of the same seed, as markdown."""
     lines = [
-        "| images | arm | share | decoders by | training, % | held out, % | above the baseline, points | CPU minutes | seeds |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|",
+        "| images | pretrained on | arm | share | decoders by | layers from | training, % | held out, % "
+        "| above the baseline, points | CPU minutes | seeds |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    baseline = {(one["images"], one["seed"]): one["test"] for one in done if one["arm"] == "baseline"}
-    for key, runs in grouped(done, lambda one: tuple(str(one[name]) for name in ("images", "arm", "share", "decoders"))).items():
-        images, arm, share, decoders = key
-        beside = [one["test"] - baseline[pair] for one in runs if (pair := (one["images"], one["seed"])) in baseline]
-        cells = [images, arm, share if share != "0.0" else "", decoders]
+    baseline = {(one["images"], one["pretrained"], one["seed"]): one["test"] for one in done if one["arm"] == "baseline"}
+    names = ("images", "pretrained", "arm", "share", "decoders", "left_out")
+    for key, runs in grouped(done, lambda one: tuple(str(one[name]) for name in names)).items():
+        images, before, arm, share, decoders, left_out = key
+        beside = [
+            one["test"] - baseline[same] for one in runs if (same := (one["images"], one["pretrained"], one["seed"])) in baseline
+        ]
+        plain = ARMS[arm][1] is None
+        cells = [
+            images,
+            "" if before == "0" else f"{before} streets",
+            arm,
+            "" if plain else share,
+            decoders,
+            "" if plain else str(int(left_out) + 1),
+        ]
         cells += [interval([one[split] for one in runs]) for split in ("train", "test")]
         cells.append(interval(beside, "+") if beside and arm != "baseline" else "")
         cells += [f"{statistics.mean(one['cpu_minutes'] for one in runs):.1f}", str(len(runs))]
@@ -209,6 +254,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[250], help="streets to train on")
     parser.add_argument("--photographs", type=Path, help="folder with coco128, to train on in place of streets")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1], help="of the gradient, for each term")
+    parser.add_argument("--pretrained", type=int, default=0, help="other streets that the detector has learnt from before")
+    parser.add_argument("--left_out", type=int, default=0, help="macro-layers that autoencoders leave out, from the first")
     parser.add_argument("--decoders", choices=["sgd", "adam"], default="adam", help="trained as the detector is, or by Adam")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=900, help="of two images, up to the end of an epoch")
@@ -229,10 +276,16 @@ def main() -> None:
         plain = ARMS[arm][1] is None
         for share in [0.0] if plain else options.shares:
             decoders = "" if plain else options.decoders
-            key = {"images": images, "seed": seed, "arm": arm, "share": share, "decoders": decoders, "steps": options.steps}
+            left_out = 0 if plain else options.left_out
+            key = {
+                "images": images, "seed": seed, "arm": arm, "share": share, "decoders": decoders, "left_out": left_out,
+                "pretrained": options.pretrained, "steps": options.steps,
+            }  # fmt: skip
             if finished.holds(**key):
                 continue
-            done = run(data, arm, share, decoders, seed, options.steps, options.out.parent)
+            norms, steps, folder = ARMS[arm][0], options.steps, options.out.parent
+            before = pretrained(options.pretrained, norms, seed, steps, folder) if options.pretrained else None
+            done = run(data, arm, share, decoders, seed, steps, folder, left_out, before)
             finished.add([{**key, **done, "commit": code}])
             print(f"done: {key}: {done['train']:.1%} training, {done['test']:.1%} held out", flush=True)
     print(table(finished.runs))
