@@ -3,10 +3,11 @@
     python -m benchmarks.experiments.compare_methods --data DIR --seeds 0 1 2 --out docs/images/compare_methods
 
 For each seed one LeNet-300-100 is trained, whose hidden layers are linear, batch norm and sigmoid: PIB reads the sigmoids, and
-slimming the scales of the norms. Each method only chooses channels. What has to train in order to see, VIB its gates and
+slimming the scales of the norms. Each method only chooses channels; "by reconstruction", what is gone is
+folded into the weights of those that stay as well. What has to train in order to see, VIB its gates and
 slimming its scales, does so on a copy with all else frozen, and what is learnt there serves to choose and is then thrown away.
 So all the small networks are cut out of the same weights, and fine-tuned alike. Their sizes are that of PFA-KL, which has no
-other, and shares of the parameters. Writes OUT.json after every seed (and goes on from it), OUT.png, and a table on the
+other, and shares of the parameters. Writes OUT.json after every run (and goes on from it), OUT.png, and a table on the
 standard output.
 """
 
@@ -34,9 +35,11 @@ from lit_compress.information import PIB, VIB
 from lit_compress.models import LeNet300100
 from lit_compress.scores import Magnitude
 from lit_compress.selection import vib
+from lit_compress.spectra import PFA
 
 KL_SIZE = "PFA-KL's"
 SHARES = (0.2, 0.1, 0.05)
+SIZES = (KL_SIZE, *(f"{100 * share:g} %" for share in SHARES))
 VIB_SCALE, SLIMMING = 3e-4, 1e-3  # weights of the penalties
 GAIN = 4.0  # a sigmoid is a quarter as steep as what it stands for: with norms at 1 its units stay nearly linear
 LR = 0.3
@@ -99,48 +102,71 @@ def by_scales(net: nn.Module, data: Any, epochs: int) -> Analysis:
     return analyze(slimmed.eval(), data.analysis_dataloader(), method="slimming")
 
 
-def choices(net: nn.Module, data: Any, seed: int, looks: int, randoms: int) -> Iterator[tuple[str, str, Recipe]]:
-    """Method, size and recipe of all that are compared."""
+Key = tuple[str, str, int]
+"""Method, size and, of random recipes, the number."""
+
+
+def choices(
+    net: nn.Module, data: Any, seed: int, looks: int, randoms: int, missing: Callable[[Key], bool]
+) -> Iterator[tuple[Key, Recipe, Any]]:
+    """Recipe of everything that is compared and missing, and what the cut is compensated by."""
     pfa = analyze(net, data.analysis_dataloader())
-    of_kl = pfa.recipe()
-    share_of_kl = pfa.parameters(of_kl) / pfa.original("parameters")
-    yield "PFA-KL", KL_SIZE, of_kl
-    analyses = {
-        "PFA-En": pfa,
-        "PIB": analyze(net, data.val_dataloader(), method=PIB(variant="C"), max_samples=100),
-        "VIB": by_gates(net, data, looks),
-        "FP": analyze(net, data.analysis_dataloader(), method=Magnitude("layer")),
-        "NS": by_scales(net, data, looks),
+    share_of_kl = pfa.parameters(pfa.recipe()) / pfa.original("parameters")
+    sizes = dict(zip(SIZES, (share_of_kl, *SHARES), strict=True))
+    analyses: dict[str, Callable[[], Analysis]] = {
+        "PFA": lambda: pfa,
+        "PFA by reconstruction": lambda: analyze(
+            net, data.analysis_dataloader(), method=PFA(select="reconstruction"), compensate="linear"
+        ),
+        "PIB": lambda: analyze(net, data.val_dataloader(), method=PIB(variant="C"), max_samples=100),
+        "VIB": lambda: by_gates(net, data, looks),
+        "FP": lambda: analyze(net, data.analysis_dataloader(), method=Magnitude("layer")),
+        "NS": lambda: by_scales(net, data, looks),
     }
-    for size, share in {KL_SIZE: share_of_kl, **{f"{100 * share:g} %": share for share in SHARES}}.items():
-        for method, analysis in analyses.items():
-            yield method, size, analysis.recipe(keep_params=share)
+    for name, look in analyses.items():
+        method = name.replace("PFA", "PFA-En")
+        wanted = [(method, size, 0) for size in sizes]
+        if name != method:
+            wanted.insert(0, (name.replace("PFA", "PFA-KL"), KL_SIZE, 0))
+        if wanted := [key for key in wanted if missing(key)]:
+            analysis = look()
+            for key in wanted:
+                target = {} if "PFA-KL" in key[0] else {"keep_params": sizes[key[1]]}
+                yield key, analysis.recipe(**target), analysis.inputs
+    for size, share in sizes.items():
         for number in range(randoms):
-            yield "random", size, pfa.random_recipe(keep_params=share, seed=100 * seed + number)
+            if missing(("random", size, number)):
+                yield ("random", size, number), pfa.random_recipe(keep_params=share, seed=100 * seed + number), None
 
 
-def run_seed(data: Any, seed: int, options: argparse.Namespace) -> list[Run]:
-    """All methods on the network of one seed."""
+def run_seed(data: Any, seed: int, options: argparse.Namespace, finished: Finished) -> None:
+    """All methods on the network of one seed, as far as they are not done yet."""
     pl.seed_everything(seed, verbose=False)
     full = build(data.image_shape[-1] ** 2)
     accuracy = train(full, data, options.epochs, seed, lr=LR)
     full.eval()
     whole, example = count_parameters(full), torch.zeros(2, *data.image_shape)
-    done: list[Run] = [{"method": "uncut", "size": "100 %", "parameters": 1.0, "accuracy": accuracy, "widths": {}}]
-    for method, size, recipe in choices(full, data, seed, options.looks, options.randoms):
+
+    def missing(key: Key) -> bool:
+        return not finished.holds(seed=seed, method=key[0], size=key[1], number=key[2])
+
+    def keep(key: Key, **found: Any) -> None:
+        finished.add(
+            [{"seed": seed, "commit": options.code, **dict(zip(("method", "size", "number"), key, strict=True)), **found}]
+        )
+
+    if missing(("uncut", "100 %", 0)):
+        keep(("uncut", "100 %", 0), parameters=1.0, accuracy=accuracy, widths={})
+    for key, recipe, inputs in choices(full, data, seed, options.looks, options.randoms, missing):
         small = copy.deepcopy(full)
-        cut(small, recipe, example)
+        cut(small, recipe, example, inputs=inputs)
         share, at_once = count_parameters(small) / whole, test(small, data)
         accuracy = train(small, data, options.fine_tune, seed, lr=LR)
-        done.append({
-            "method": method, "size": size, "parameters": share, "after_cut": at_once, "accuracy": accuracy,
-            "widths": recipe.widths,
-        })  # fmt: skip
+        keep(key, parameters=share, after_cut=at_once, accuracy=accuracy, widths=recipe.widths)
         print(
-            f"seed {seed}: {method} at {size}: {share:.1%} of the parameters, {at_once:.2%}, then {accuracy:.2%} right",
+            f"seed {seed}: {key[0]} at {key[1]}: {share:.1%} of the parameters, {at_once:.2%}, then {accuracy:.2%} right",
             flush=True,
         )
-    return [{"seed": seed, "commit": options.code, **one} for one in done]
 
 
 def table(runs: list[Run]) -> str:
@@ -149,7 +175,9 @@ def table(runs: list[Run]) -> str:
         "| size | method | parameters | widths | right after the cut | fine-tuned | runs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (size, method), some in grouped(runs, lambda run: (run["size"], run["method"])).items():
+    for (size, method), some in sorted(
+        grouped(runs, lambda run: (run["size"], run["method"])).items(), key=lambda item: ["100 %", *SIZES].index(item[0][0])
+    ):
         share = statistics.mean(100 * run["parameters"] for run in some)
         widths = "-".join(
             f"{statistics.mean(run['widths'].get(layer, whole) for run in some):.0f}"
@@ -164,7 +192,7 @@ def picture(runs: list[Run]) -> Figure:
     """Test error over size: right after the cut, and fine-tuned; means over seeds, and bars from least to most."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     colours = {
-        "PFA-KL": "k", "PFA-En": "#0072B2", "PIB": "#009E73", "VIB": "#D55E00", "FP": "#E69F00", "NS": "#CC79A7",
+        "PFA-KL": "k", "PFA-En": "#0072B2", "PFA-En by reconstruction": "#56B4E9", "PIB": "#009E73", "VIB": "#D55E00", "FP": "#E69F00", "NS": "#CC79A7",
         "random": "#999999",
     }  # fmt: skip
     for axes, (when, title) in zip(
@@ -210,8 +238,7 @@ def main() -> None:
     data.prepare_data()
     data.setup("fit")
     for seed in options.seeds:
-        if not finished.holds(seed=seed):
-            finished.add(run_seed(data, seed, options))
+        run_seed(data, seed, options, finished)
     picture(finished.runs).savefig(options.out.with_suffix(".png"), dpi=110)
     print(table(finished.runs))
 
