@@ -192,8 +192,8 @@ def picture(runs: list[Run]) -> Figure:
     """Test error over size: right after the cut, and fine-tuned; means over seeds, and bars from least to most."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     colours = {
-        "PFA-KL": "k", "PFA-En": "#0072B2", "PFA-En by reconstruction": "#56B4E9", "PIB": "#009E73", "VIB": "#D55E00", "FP": "#E69F00", "NS": "#CC79A7",
-        "random": "#999999",
+        "PFA-KL": "k", "PFA-En": "#0072B2", "PFA-En by reconstruction": "#56B4E9", "PIB": "#009E73", "VIB": "#D55E00",
+        "FP": "#E69F00", "NS": "#CC79A7", "random": "#999999",
     }  # fmt: skip
     for axes, (when, title) in zip(
         figure.subplots(1, 2), {"after_cut": "right after the cut", "accuracy": "fine-tuned"}.items(), strict=True
