@@ -360,17 +360,17 @@ def test_a_detector_is_trained_cut_and_taught_and_goes_on_where_it_was_stopped(r
     assert [one["arm"] for one in runs] == [
         "as trained",
         "trained on, uncut",
-        "cut, labels",
-        "cut, labels and the unpruned detector",
+        *(f"cut{how}, labels{taught}" for how in ("", " by reconstruction") for taught in ("", " and the unpruned detector")),
     ]
-    assert [one["parameters"] < 0.26 * runs[0]["parameters"] for one in runs] == [False, False, True, True]
-    assert [one["mult_adds"] < runs[0]["mult_adds"] for one in runs] == [False, False, True, True]
+    assert [one["parameters"] < 0.26 * runs[0]["parameters"] for one in runs] == [False] * 2 + [True] * 4
+    assert [one["mult_adds"] < runs[0]["mult_adds"] for one in runs] == [False] * 2 + [True] * 4
     assert runs[2]["right_after"] == runs[3]["right_after"], "the same cut"
+    assert runs[4]["right_after"] == runs[5]["right_after"], "the same cut"
 
     out.write_text(json.dumps(runs[:-1]))  # stopped before the last
     shown = run(root, "pruned_detector", arguments)
     assert [line.partition(":")[0] for line in shown.splitlines() if line.startswith("seed")] == [
-        "seed 0, cut, labels and the unpruned detector"
+        "seed 0, cut by reconstruction, labels and the unpruned detector"
     ]
     timeless = [[{**one, "cpu_minutes": 0} for one in some] for some in (runs, json.loads(out.read_text()))]
     assert timeless[0] == timeless[1]

@@ -2,8 +2,9 @@
 
     python -m benchmarks.experiments.pruned_detector --seeds 0 1 2 --out docs/images/pruned_detector
 
-Each seed trains a detector by `configs/roiae_synthetic.yaml`; what detects best on validation streets is cut, and trained on with
-the labels alone or with the unpruned detector's scores as well; and, to compare with, trained on uncut. Prints
+Each seed trains a detector by `configs/roiae_synthetic.yaml`; what detects best on validation streets is cut, by the paper's rule
+or by reconstruction, and trained on with the labels alone or with the unpruned detector's scores as well; and, to compare with,
+trained on uncut. Prints
 log-average miss rates on test streets. Writes OUT.json after every arm and goes on from it; keeps detectors in --work.
 """
 
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -31,9 +33,16 @@ from lit_compress.losses import ScoreDivergence
 from lit_compress.modules import LitPedestrianDetector
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "roiae_synthetic.yaml"
-FULL, ON, LABELS, TAUGHT = "as trained", "trained on, uncut", "cut, labels", "cut, labels and the unpruned detector"
+FULL, ON = "as trained", "trained on, uncut"
 # Of all 960 anchors; the detector's own loss looks at 120 of them, so that 8 would weigh each as much.
-SCORES = ScoreDivergence("score", weight=4.0)
+TAUGHT = {"distill_from_unpruned": [ScoreDivergence("score", weight=4.0)]}
+BY_RECONSTRUCTION = {"select": "reconstruction", "compensate": "linear"}
+CUTS: dict[str, dict[str, Any]] = {
+    "cut, labels": {},
+    "cut, labels and the unpruned detector": TAUGHT,
+    "cut by reconstruction, labels": BY_RECONSTRUCTION,
+    "cut by reconstruction, labels and the unpruned detector": {**BY_RECONSTRUCTION, **TAUGHT},
+}
 
 
 def trained(seed: int, work: Path, overrides: Sequence[str]) -> Path:
@@ -81,9 +90,8 @@ def run(module: LitPedestrianDetector, data: PedestrianDataModule, arm: str, kep
     found: Run = {}
     if arm == ON:
         fit(module, data, epochs)
-    elif arm != FULL:
-        taught = [SCORES] if arm == TAUGHT else False
-        pruning = PFAPruning(keep_params=kept, at_epoch=0, evaluate=False, distill_from_unpruned=taught)
+    elif arm in CUTS:
+        pruning = PFAPruning(keep_params=kept, at_epoch=0, evaluate=False, **CUTS[arm])
         after = RightAfterTheCut()
         fit(module, data, epochs, [pruning, after], folder)
         found = {"kept": kept, "right_after": after.missed}
@@ -126,7 +134,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     finished, code = Finished(options.out.with_suffix(".json")), commit()  # what runs is what was checked out at the start
     for seed in options.seeds:
-        for arm in (FULL, ON, LABELS, TAUGHT):
+        for arm in (FULL, ON, *CUTS):
             if finished.holds(seed=seed, arm=arm):
                 continue
             began = time.process_time()
