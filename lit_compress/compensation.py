@@ -21,7 +21,10 @@ from lit_compress.selection.reconstruction import takeover
 from lit_compress.slicing import all_tensors
 
 _NOWHERE = "have no bias to fold their mean into, and no norm that takes their output alone: there, nothing is compensated"
-_UNKNOWN = "are grouped or transposed, or their weight is used twice or not as it is: there, nothing is compensated"
+_UNKNOWN = (
+    "are grouped or transposed, did not run in the analysis, or their weight is used twice or not as it is: there, nothing is "
+    "compensated"
+)
 _MEAN_ALONE = "not all of their channels have as many places: there, the mean alone is compensated"
 
 
@@ -53,13 +56,13 @@ def compensated(
         name, bias, norm = names[weight], f"{weight.removesuffix('weight')}bias", graph.norms.get(weight)
         place = bias if bias in tensors else norm
         given, reader = inputs.get(name), known.get(name)
-        if given is None or reader is None:
+        if given is None or given.mean is None or reader is None:
             left_out.setdefault(_UNKNOWN, []).append(name)
             continue
         removed = np.delete(np.arange(reader.size), kept)
         kernel, mean = tensors[weight].detach().double(), given.mean.to(tensors[weight].device)
         if given.covariance is not None:
-            values[weight], mean = _taken_over(reader, given, kernel, removed, centred=place is not None)
+            values[weight], mean = _taken_over(reader, given.covariance, given.vectors, mean, kernel, removed, place is not None)
         elif linear:
             left_out.setdefault(_MEAN_ALONE, []).append(name)
         if place is not None:
@@ -72,21 +75,20 @@ def compensated(
 
 
 def _taken_over(
-    reader: Reader, given: LayerInput, kernel: Tensor, removed: NDArray[np.int64], *, centred: bool
+    reader: Reader, covariance: Tensor, vectors: int, mean: Tensor, kernel: Tensor, removed: NDArray[np.int64], centred: bool
 ) -> tuple[Tensor, Tensor]:
     """The kernel with what the channels kept predict of those removed; and the mean, of these what no kernel can give.
 
     Where nothing takes up that part, the prediction is not centred: it then has to give the mean as well, as far as it can.
     """
     assert reader.slots is not None  # there is no covariance without equally many places
-    assert given.covariance is not None
     gone = np.isin(reader.slots[:, 0], removed)
-    covariance, means = given.covariance.numpy(), given.mean.cpu().numpy()[reader.slots].mean(1)
-    moments = covariance if centred else covariance + np.outer(means, means)
-    coefficients = takeover(moments, np.flatnonzero(~gone), np.flatnonzero(gone), given.vectors)
-    share, mean = torch.from_numpy(coefficients).to(kernel), given.mean.to(kernel, copy=True)
+    means = mean.cpu().numpy()[reader.slots].mean(1)
+    moments = covariance.numpy() if centred else covariance.numpy() + np.outer(means, means)
+    coefficients = takeover(moments, np.flatnonzero(~gone), np.flatnonzero(gone), vectors)
+    share = torch.from_numpy(coefficients).to(kernel)
     kept, lost = torch.from_numpy(reader.slots[~gone]), torch.from_numpy(reader.slots[gone])
-    kernel = kernel.clone()
+    kernel, mean = kernel.clone(), mean.clone()
     kernel[:, kept] += torch.einsum("or...,rk->ok...", kernel[:, lost], share)
     mean[lost] -= share @ mean[kept]
     return kernel, mean

@@ -47,13 +47,14 @@ class LayerInput:
     """What a layer was given in a pass over the data.
 
     Args:
-        mean: Of each entry of its input, over samples and positions, ``(C,)`` float64.
+        mean: Of each entry of its input, over samples and positions, ``(C,)`` float64; None if it did not run, as heads that only
+            training runs.
         covariance: Of the channels in the rows of :attr:`Reader.slots`, over samples and all their places, ``(K, K)`` float64;
             None if it was not asked for, or channels do not all have as many places.
         vectors: Samples times places that the covariance is from.
     """
 
-    mean: Tensor
+    mean: Tensor | None
     covariance: Tensor | None = None
     vectors: int = 0
 
@@ -108,7 +109,8 @@ def inputs_of(graph: ChannelGraph, watched: Mapping[str, Watched]) -> dict[str, 
     for name in readers(graph):
         if _mean_of(name) not in watched:
             continue
-        mean = watched[_mean_of(name)].metric.compute()
+        seen = cast(StreamingMean, watched[_mean_of(name)].metric)
+        mean = seen.compute() if seen.count > 0 else None
         gathered = watched.get(_covariance_of(name))
         covariance = None if gathered is None else cast(StreamingCovariance, gathered.metric)
         if covariance is None or covariance.count < 2:
@@ -121,7 +123,7 @@ def inputs_of(graph: ChannelGraph, watched: Mapping[str, Watched]) -> dict[str, 
 def readings(
     model: nn.Module, graph: ChannelGraph, group: ChannelGroup, inputs: Mapping[str, LayerInput]
 ) -> list[Reading] | None:
-    """What the layers that read a group's channels make of them; None if one of them cannot tell."""
+    """What the layers that read a group's channels make of them, those that run; None if one of them cannot tell."""
     tensors, known = all_tensors(model), readers(graph)
     position = {channel_class: index for index, channel_class in enumerate(group.classes.tolist())}
     names = {layer.weight: layer.name for layer in graph.layers.values() if layer.own}
@@ -132,6 +134,8 @@ def readings(
             continue
         name = names[use.weight]
         given, reader = inputs.get(name), known.get(name)
+        if given is not None and given.mean is None:
+            continue
         if given is None or given.covariance is None or reader is None or reader.slots is None:
             return None
         weights = tensors[use.weight].detach().double().cpu()[:, torch.from_numpy(reader.slots)].movedim(1, 0).flatten(1)

@@ -30,7 +30,10 @@ KEPT = (0, 2, 3, 5)
 NOWHERE_TO_PUT_IT = (
     "have no bias to fold their mean into, and no norm that takes their output alone: there, nothing is compensated"
 )
-UNKNOWN = "are grouped or transposed, or their weight is used twice or not as it is: there, nothing is compensated"
+UNKNOWN = (
+    "are grouped or transposed, did not run in the analysis, or their weight is used twice or not as it is: there, nothing is "
+    "compensated"
+)
 
 
 def constant(layer: nn.Module, value: float = 0.7) -> nn.Module:

@@ -1,12 +1,15 @@
 """The zoo of docs/supported-networks.md: every network is cut exactly, and the page says what it was made from."""
 
+import copy
 import random
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the tests, the checkout comes last, so that an installed package is the one that is tested.
@@ -14,11 +17,12 @@ sys.path.append(str(ROOT))
 
 from benchmarks import page, supported_networks  # noqa: E402
 from benchmarks.zoo import QUICK, ZOO  # noqa: E402
-from lit_compress import cut  # noqa: E402
+from lit_compress import analyze, cut  # noqa: E402
 from lit_compress.graph import trace  # noqa: E402
-from tests.networks import random_recipe, unsized  # noqa: E402
+from tests.networks import clone, random_recipe, randomized, relative_error, unsized  # noqa: E402
 
 COUPLINGS = [name for name, specimen in ZOO.items() if specimen.kind == "couplings and conventions"]
+OVER_CHANNELS = {"group norm", "layer norm"}
 REFUSED = {"weight norm", "spectral norm", "transposed convolution in groups"}  # by name: all their channels stay
 PUBLISHED = supported_networks.PAGE.read_text(encoding="utf-8")
 
@@ -30,6 +34,30 @@ def test_what_is_cut_in_a_network_of_the_zoo_is_exact(name):
     assert bool(outcome.groups) is (name not in REFUSED)
     assert outcome.error < 1e-9  # float64 leaves 1e-14; a wrong channel gives an error of order 1
     assert outcome.whole  # the output at least, with its reason
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if name not in REFUSED])
+def test_a_cut_in_the_zoo_is_compensated_or_said_not_to_be(name):
+    """On the very inputs that the statistics are from, in float64."""
+    specimen, size = ZOO[name], QUICK[name]
+    torch.manual_seed(0)
+    model, inputs = randomized(specimen.build()).double().eval(), specimen.inputs(size)
+    inputs = tree_map(lambda value: value.double() if torch.is_tensor(value) and value.is_floating_point() else value, inputs)
+    errors = {}
+    for how in (False, "linear"):
+        small = copy.deepcopy(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which layers cannot be compensated
+            analysis = analyze(
+                small, [inputs], method="magnitude", compensate=how, forward_fn=specimen.run, example_inputs=inputs
+            )
+            cut(small, analysis.recipe(keep_channels=0.6), inputs, forward_fn=specimen.run, inputs=analysis.inputs)
+        with torch.no_grad():
+            errors[how] = relative_error(clone(specimen.run(small, inputs)), clone(specimen.run(model, inputs)))
+    if name in OVER_CHANNELS:
+        assert errors["linear"] < 1.3 * errors[False]  # a norm takes back some of it
+    elif errors[False] > 0:
+        assert errors["linear"] < errors[False]
 
 
 @pytest.mark.long
