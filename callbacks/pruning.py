@@ -146,7 +146,7 @@ class PruningCallback(Callback, ABC):
             raise MisconfigurationException(f"Argument `weights` must be 'kept' or 'random' but got {weights!r}.")
         if weights == "random" and compensate:
             raise MisconfigurationException(
-                "With `weights='random'` no bias is kept that `compensate=True` could be folded into."
+                f"With `weights='random'` no bias is kept that `compensate={compensate!r}` could be folded into."
             )
         if compensate not in (False, True, "linear"):
             raise MisconfigurationException(f"Argument `compensate` must be True, False or 'linear' but got {compensate!r}.")

@@ -516,7 +516,7 @@ def analyze(
         example_batch=batch_size(example),
         parameters=count_parameters(model),
         before=plan_of(model),
-        inputs=inputs_of(graph, {name: watched[name] for name in asked}) if compensate else None,
+        inputs=inputs_of(graph, watched, covariances=compensate == "linear") if compensate else None,
         stopwatch=stopwatch,
     )
 

@@ -19,6 +19,7 @@ from lit_compress.inputs import LayerInput, Reader, readers
 from lit_compress.plan import Plan
 from lit_compress.selection.reconstruction import takeover
 from lit_compress.slicing import all_tensors
+from lit_compress.statistics.covariance import with_float64
 
 _NOWHERE = "have no bias to fold their mean into, and no norm that takes their output alone: there, nothing is compensated"
 _UNKNOWN = (
@@ -47,7 +48,6 @@ def compensated(
         to the layers that read removed channels where it could not.
     """
     tensors, known = all_tensors(model), readers(graph)
-    linear = any(given.covariance is not None for given in inputs.values())
     names = {layer.weight: layer.name for layer in graph.layers.values()}
     values: dict[str, Tensor] = {}
     left_out: dict[str, list[str]] = {}
@@ -60,22 +60,24 @@ def compensated(
             left_out.setdefault(_UNKNOWN, []).append(name)
             continue
         removed = np.delete(np.arange(reader.size), kept)
-        kernel, mean = tensors[weight].detach().double(), given.mean.to(tensors[weight].device)
+        device = with_float64(tensors[weight].device)
+        kernel, mean = tensors[weight].detach().to(device).double(), given.mean.to(device)
         if given.covariance is not None:
-            values[weight], mean = _taken_over(reader, given.covariance, given.vectors, mean, kernel, removed, place is not None)
-        elif linear:
+            taken_over, mean = _taken_over(reader, given.covariance, given.samples, mean, kernel, removed, place is not None)
+            values[weight] = taken_over.to(tensors[weight])
+        elif given.samples:
             left_out.setdefault(_MEAN_ALONE, []).append(name)
         if place is not None:
             summed = kernel.flatten(2).sum(2) if kernel.ndim > 2 else kernel
             shift = summed[:, removed] @ mean[removed]
-            values[place] = tensors[place].detach() + (shift if place == bias else -shift)
+            values[place] = tensors[place].detach() + (shift if place == bias else -shift).to(tensors[place])
         elif given.covariance is None:
             left_out.setdefault(_NOWHERE, []).append(name)
-    return {name: value.to(tensors[name]) for name, value in values.items()}, left_out
+    return values, left_out
 
 
 def _taken_over(
-    reader: Reader, covariance: Tensor, vectors: int, mean: Tensor, kernel: Tensor, removed: NDArray[np.int64], centred: bool
+    reader: Reader, covariance: Tensor, samples: int, mean: Tensor, kernel: Tensor, removed: NDArray[np.int64], centred: bool
 ) -> tuple[Tensor, Tensor]:
     """The kernel with what the channels kept predict of those removed; and the mean, of these what no kernel can give.
 
@@ -83,9 +85,9 @@ def _taken_over(
     """
     assert reader.slots is not None  # there is no covariance without equally many places
     gone = np.isin(reader.slots[:, 0], removed)
-    means = mean.cpu().numpy()[reader.slots].mean(1)
-    moments = covariance.numpy() if centred else covariance.numpy() + np.outer(means, means)
-    coefficients = takeover(moments, np.flatnonzero(~gone), np.flatnonzero(gone), vectors)
+    means = mean.cpu().numpy()[reader.slots]
+    moments = covariance.numpy() if centred else covariance.numpy() + means @ means.T / means.shape[1]
+    coefficients = takeover(moments, np.flatnonzero(~gone), np.flatnonzero(gone), samples)
     share = torch.from_numpy(coefficients).to(kernel)
     kept, lost = torch.from_numpy(reader.slots[~gone]), torch.from_numpy(reader.slots[gone])
     kernel, mean = kernel.clone(), mean.clone()

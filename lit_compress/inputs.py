@@ -32,7 +32,8 @@ class Reader:
         size: Of its input, C.
         slots: Indices into its input, ``(K, m)``: in each row those of one channel, which has m places in a flattened map and one
             elsewhere. None if channels do not all have as many places.
-        classes: The class of the channel of each row, ``(K,)``; -1 for one that stays whatever is cut.
+        classes: The class of the channel of each row, ``(K,)``; -1 for one that stays whatever is cut. Tied channels of one
+            layer, as those of a convolution in groups, have rows of their own.
     """
 
     name: str
@@ -49,14 +50,14 @@ class LayerInput:
     Args:
         mean: Of each entry of its input, over samples and positions, ``(C,)`` float64; None if it did not run, as heads that only
             training runs.
-        covariance: Of the channels in the rows of :attr:`Reader.slots`, over samples and all their places, ``(K, K)`` float64;
-            None if it was not asked for, or channels do not all have as many places.
-        vectors: Samples times places that the covariance is from.
+        covariance: Of the channels in the rows of :attr:`Reader.slots`, over samples and positions, ``(K, K)`` float64; of a
+            flattened map the mean of those at each of its places. None if channels do not all have as many places.
+        samples: How many the covariance is from, or would be; 0 if it was not asked for.
     """
 
     mean: Tensor | None
     covariance: Tensor | None = None
-    vectors: int = 0
+    samples: int = 0
 
 
 def readers(graph: ChannelGraph) -> dict[str, Reader]:
@@ -67,22 +68,36 @@ def readers(graph: ChannelGraph) -> dict[str, Reader]:
     """
     uses = Counter(use.weight for use in graph.uses)
     names = {layer.weight: layer.name for layer in graph.layers.values()}
+    tied = _tied(graph)
     found = {}
     for use in graph.uses:
         classes = graph.tensors.get(use.weight, {}).get(use.in_dim)
         plain = uses[use.weight] == 1 and use.plain and use.groups == 1 and (use.out_dim, use.in_dim) == (0, 1)
         if plain and classes is not None and use.weight.endswith(".weight"):
             name = names[use.weight]
-            found[name] = Reader(name, use.weight, len(classes), *_places(classes))
+            found[name] = Reader(name, use.weight, len(classes), *_places(classes, tied))
     return found
 
 
-def _places(classes: Vector) -> tuple[Vector | None, Vector]:
+def _tied(graph: ChannelGraph) -> dict[int, int]:
+    """Class to how many channels of one layer have it, where these are several."""
+    tied: dict[int, int] = {}
+    for layer in graph.layers.values():
+        for channel_class, count in zip(*np.unique(layer.classes, return_counts=True), strict=True):
+            if count > 1:
+                tied[int(channel_class)] = max(int(count), tied.get(int(channel_class), 1))
+    return tied
+
+
+def _places(classes: Vector, tied: Mapping[int, int]) -> tuple[Vector | None, Vector]:
     """The slots and classes of a :class:`Reader`, from the class of each entry of its input."""
-    different, counts = np.unique(classes, return_counts=True)
-    if different[0] == FIXED and (counts[1:] == 1).all():  # what cannot be cut can still tell about what is
-        return np.arange(len(classes))[:, None], classes
-    if different[0] == FIXED or (counts != counts[0]).any():
+    fixed = classes == FIXED
+    different, counts = np.unique(classes[~fixed], return_counts=True)
+    if all(count == tied.get(int(one), 1) for one, count in zip(different, counts, strict=True)):
+        # What cannot be cut can tell about what is, if it is not so much that it would take the memory.
+        slots = np.arange(len(classes)) if 2 * fixed.sum() <= len(classes) else np.flatnonzero(~fixed)
+        return slots[:, None], classes[slots]
+    if fixed.any() or (counts != counts[0]).any() or not tied.keys().isdisjoint(different.tolist()):
         return None, different
     return classes.argsort(kind="stable").reshape(len(different), -1), different
 
@@ -103,21 +118,30 @@ def watched_inputs(model: nn.Module, graph: ChannelGraph, *, covariances: bool) 
     return watched
 
 
-def inputs_of(graph: ChannelGraph, watched: Mapping[str, Watched]) -> dict[str, LayerInput]:
+def inputs_of(graph: ChannelGraph, watched: Mapping[str, Watched], *, covariances: bool) -> dict[str, LayerInput]:
     """What each reader was given, from what :func:`watched_inputs` asked for, after the pass."""
     inputs = {}
-    for name in readers(graph):
+    for name, reader in readers(graph).items():
         if _mean_of(name) not in watched:
             continue
         seen = cast(StreamingMean, watched[_mean_of(name)].metric)
         mean = seen.compute() if seen.count > 0 else None
-        gathered = watched.get(_covariance_of(name))
-        covariance = None if gathered is None else cast(StreamingCovariance, gathered.metric)
-        if covariance is None or covariance.count < 2:
-            inputs[name] = LayerInput(mean)
-        else:
-            inputs[name] = LayerInput(mean, covariance.compute().cpu(), int(covariance.count))
+        gathered = watched.get(_covariance_of(name)) if covariances else None
+        metric = None if gathered is None else cast(StreamingCovariance, gathered.metric)
+        covariance = None if mean is None or metric is None or metric.count < 2 else _within_places(metric, mean, reader)
+        inputs[name] = LayerInput(mean, covariance, int(seen.count) if covariances else 0)
     return inputs
+
+
+def _within_places(metric: StreamingCovariance, mean: Tensor, reader: Reader) -> Tensor:
+    """The mean of the covariances at each place: of all places together, less that of the means of the places."""
+    pooled = metric.compute().cpu()
+    if reader.slots is None or reader.slots.shape[1] == 1:
+        return pooled
+    places = mean.cpu()[torch.from_numpy(reader.slots)]
+    places = places - places.mean(1, keepdim=True)
+    count = float(metric.count)
+    return pooled * ((count - 1) / count) - places @ places.T / places.shape[1]
 
 
 def readings(
@@ -138,22 +162,22 @@ def readings(
             continue
         if given is None or given.covariance is None or reader is None or reader.slots is None:
             return None
-        weights = tensors[use.weight].detach().double().cpu()[:, torch.from_numpy(reader.slots)].movedim(1, 0).flatten(1)
+        weights = tensors[use.weight].detach().cpu().double()[:, torch.from_numpy(reader.slots)].movedim(1, 0).flatten(1)
         channels = np.array([position.get(channel_class, FIXED) for channel_class in reader.classes.tolist()], dtype=np.int64)
-        found.append(Reading(given.covariance.numpy(), (weights @ weights.T).numpy(), channels, given.vectors))
+        found.append(Reading(given.covariance.numpy(), (weights @ weights.T).numpy(), channels, given.samples))
     return found or None
 
 
 def _rows(value: Tensor, slots: Tensor) -> Tensor:
     """The channels of an input ``(N, C, *positions)`` at each of their places, ``(N * places, K)``."""
-    as_it_is = slots.shape[1] == 1 and len(slots) == value.shape[1]
+    as_it_is = slots.shape[1] == 1 and len(slots) == value.shape[1]  # every entry once, in order
     places = value.unsqueeze(2) if as_it_is else value[:, slots.to(value.device)]
     return places.movedim(1, -1).flatten(0, -2)
 
 
 def _mean_of(layer: str) -> str:
-    return f"{layer}, the mean of its input"
+    return f"the mean input of {layer!r}"
 
 
 def _covariance_of(layer: str) -> str:
-    return f"{layer}, its input"
+    return f"the input of {layer!r}"

@@ -82,7 +82,7 @@ class PFA(Method):
     ) -> tuple[dict[str, GroupSpectrum], dict[str, str]]:
         spectra, whole = group_spectra(graph, {name: cast(StreamingCovariance, what.metric) for name, what in watched.items()})
         if self.select == "reconstruction":
-            spectra = _by_reconstruction(model, graph, spectra, inputs_of(graph, watched))
+            spectra = _by_reconstruction(model, graph, spectra, inputs_of(graph, watched, covariances=True))
         return spectra, whole | dict.fromkeys(_complex(model, graph), "its responses are complex numbers")
 
     @override
@@ -124,8 +124,9 @@ def _by_reconstruction(
         ordered[name] = replace(found, order=torch.cat([inactive, active]))
     if unknown:
         warnings.warn(
-            f"Channels of {', '.join(map(repr, unknown))} are read by layers whose outputs cannot be reconstructed (grouped or "
-            "transposed convolutions, weights that are used twice): there, they are chosen by correlation.",
+            f"Of what reads the channels of {', '.join(map(repr, unknown))}, too little is known to reconstruct it (grouped or "
+            "transposed convolutions, weights that are used twice, blocks that are padded back, channels with unequally many "
+            "places in a flattened input): they are chosen by correlation.",
             stacklevel=2,
         )
     return ordered

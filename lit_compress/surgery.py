@@ -105,6 +105,10 @@ def cut_copy(copy: nn.Module, plan: Plan, graph: ChannelGraph, inputs: Mapping[s
     Raises:
         ValueError: If the copy does not fit the plan. It is then unchanged.
     """
+    if inputs is not None:
+        tensors = all_tensors(copy)
+        if odd := [name for name, shape in graph.shapes.items() if name not in tensors or tensors[name].shape != shape]:
+            raise ValueError(f"{type(copy).__name__} is no copy of the network before the cut: it differs in {odd[0]!r}.")
     compensation = _compensation(copy, graph, plan, inputs, warn=False)  # it was said of the network
     plan.apply_to(copy)
     _put(copy, compensation)
@@ -114,8 +118,11 @@ def _compensation(
     model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: Mapping[str, LayerInput] | None, *, warn: bool = True
 ) -> dict[str, Tensor]:
     """Name of a tensor to what it will be after the cut, compensated."""
-    if inputs is None:
+    if not inputs:
         return {}
+    change = relocation(inputs.keys(), graph.layers.keys())
+    if change is not None:  # names of a module that holds the network, or that it holds
+        inputs = {change.add + name.removeprefix(change.drop): given for name, given in inputs.items()}
     values, left_out = compensated(model, graph, plan, inputs)
     for why, layers in left_out.items() if warn else ():
         warnings.warn(f"Layers {_listed(layers)} read removed channels but {why}.", stacklevel=3)

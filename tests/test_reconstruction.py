@@ -1,6 +1,7 @@
 """Which channels the readers can best do without, and how they take over: least squares, said the slow way."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -18,19 +19,23 @@ from lit_compress.inputs import readers
 from lit_compress.models import ResNetCIFAR
 from lit_compress.selection.reconstruction import Reading, removal_order, takeover
 from lit_compress.spectra import PFA
+from lit_compress.statistics import StreamingCovariance
+from lit_compress.surgery import cut_copy
 from tests.networks import Net, clone, conv, randomized, relative_error
 from tests.test_compensation import EXACT, KEPT, images, vectors
 
-RIDGE = 0.1  # of the mean variance, times channels over vectors
+RIDGE = 0.1  # of each variance, times channels over samples
 
 
-def random_reading(generator, channels, size, samples=400, fixed=()):
+def random_reading(generator, channels, size, samples=400, fixed=(), tied=False):
     """A reader of ``size`` channels, of which some may be chosen from, with data of a falling spectrum."""
     data = generator.normal(size=(samples, size)) @ np.diag(0.7 ** np.arange(size)) @ generator.normal(size=(size, size))
     weights = generator.normal(size=(size, 5))
     where = np.full(size, -1)
     free = np.setdiff1d(np.arange(size), fixed)[:channels]
     where[free] = generator.permutation(channels)[: len(free)]
+    if tied:  # two rows that go together
+        where[free[-1]] = where[free[0]]
     return Reading(np.atleast_2d(np.cov(data.T)), weights @ weights.T, where, samples)
 
 
@@ -48,7 +53,7 @@ def slow_order(readings, channels):
 def share_lost(reading, gone):
     """The error of a reader's output, as a share of its variance, with the ridge on the covariance of all its channels."""
     size = len(reading.covariance)
-    ridged = reading.covariance + RIDGE * size / reading.vectors * reading.covariance.diagonal().mean() * np.eye(size)
+    ridged = reading.covariance + RIDGE * size / reading.samples * np.diag(reading.covariance.diagonal())
     lost = np.flatnonzero(np.isin(reading.channels, list(gone)))
     left = np.setdiff1d(np.arange(size), lost)
     unexplained = (
@@ -58,11 +63,11 @@ def share_lost(reading, gone):
     return (unexplained * reading.gram[np.ix_(lost, lost)]).sum() / (reading.covariance * reading.gram).sum()
 
 
-@given(seed=st.integers(0, 10_000), channels=st.integers(1, 9), count=st.integers(1, 3), fixed=st.booleans())
+@given(seed=st.integers(0, 10_000), channels=st.integers(1, 9), count=st.integers(1, 3), fixed=st.booleans(), tied=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_each_time_the_channel_goes_whose_loss_costs_least(seed, channels, count, fixed):
+def test_each_time_the_channel_goes_whose_loss_costs_least(seed, channels, count, fixed, tied):
     generator = np.random.default_rng(seed)
-    readings = [random_reading(generator, channels, channels + 2 * fixed, fixed=(0, channels) if fixed else ())
+    readings = [random_reading(generator, channels, channels + 2 * fixed, fixed=(0, channels) if fixed else (), tied=tied)
                 for _ in range(count)]  # fmt: skip
     order = removal_order(readings, channels)
     assert sorted(order.tolist()) == list(range(channels))
@@ -167,7 +172,7 @@ def test_the_compensated_convolution_is_the_least_squares_one():
     fit = np.linalg.lstsq(np.column_stack([hidden[:, kept], np.ones(len(hidden))]), given)[0]
     inputs = analyze(model, x.split(60), compensate="linear").inputs
     np.testing.assert_allclose(inputs["2"].covariance.numpy(), np.cov(hidden.T), rtol=1e-5, atol=1e-7)
-    assert inputs["2"].vectors == len(hidden)
+    assert inputs["2"].samples == len(x)
     cut(model, Recipe(keep={"0": KEPT}), x[:2], inputs=inputs)
     np.testing.assert_allclose(model[2].weight.detach().numpy()[:, :, 0, 0], fit[:-1].T, atol=1e-3)
     np.testing.assert_allclose(model[2].bias.detach().numpy(), fit[-1], atol=1e-3)
@@ -241,7 +246,7 @@ def test_readers_that_cannot_tell_are_named_and_their_channels_chosen_by_correla
     model = randomized(Net(lambda m, x: m.f(F.relu(m.b(F.relu(m.a(x)))).mean((2, 3))), a=conv(3, 6),
                            b=nn.ConvTranspose2d(6, 4, 3), f=nn.Linear(4, 2))).eval()  # fmt: skip
     x = images(100)
-    with pytest.warns(UserWarning, match="Channels of 'a' are read by layers whose outputs cannot be reconstructed"):
+    with pytest.warns(UserWarning, match="Of what reads the channels of 'a', too little is known"):
         found = analyze(model, [x], method=PFA("reconstruction")).rankings
     expected = analyze(model, [x]).rankings
     assert torch.equal(found["a"].order, expected["a"].order)
@@ -275,6 +280,110 @@ def test_channels_of_several_layers_side_by_side_are_predicted_by_all_of_them():
     assert analysis.inputs["f"].covariance is None
     with pytest.warns(UserWarning, match="Layers 'f' read removed channels but not all of their channels have as many places"):
         cut(model, Recipe(keep={"a": KEPT}), x[:2], inputs={**analysis.inputs, "other": inputs["f"]})
+
+
+def compensated_error(model, x, recipe, how, other=None):
+    """What a cut costs on the data of the analysis, or on others: root mean square, relative."""
+    net, seen = copy.deepcopy(model), x if other is None else other
+    cut(net, recipe, x[:2], inputs=analyze(net, x.split(100), compensate=how).inputs)
+    with torch.no_grad():
+        found, expected = net(seen), model(seen)
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")], ids="".join)
+def test_maps_may_stand_side_by_side_in_any_order(order):
+    """As the skips of a U-Net do: what was made last comes first."""
+
+    def side_by_side(m, x):
+        maps = {"a": F.relu(m.a(x)), "b": F.relu(m.b(x))}
+        return m.f(torch.cat([maps[name] for name in order], 1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = randomized(Net(side_by_side, a=conv(3, 6), b=conv(3, 4), f=nn.Linear(10, 2))).eval()
+    repeated(model.a)
+    assert compensated_error(model, images(600), Recipe(keep={"a": KEPT}), "linear") < 1e-2
+
+
+def test_places_of_a_flattened_map_have_means_of_their_own():
+    """Where a mean hangs on the place alone, the bias gives it back; the prediction has no part in it."""
+    torch.manual_seed(0)
+    model = randomized(nn.Sequential(conv(3, 6), nn.Flatten(), nn.Linear(6 * 36, 4))).eval()
+    x = 0.3 * images(500) + 3 * torch.randn(1, 3, 6, 6)
+    recipe = Recipe(keep={"0": KEPT})
+    assert compensated_error(model, x, recipe, "linear") < compensated_error(model, x, recipe, True)
+    given = analyze(model, x.split(100), compensate="linear").inputs["2"]
+    with torch.no_grad():
+        maps = model[0](x).double().flatten(2)
+    within = sum(np.cov(maps[:, :, place].T.numpy(), bias=True) for place in range(36)) / 36
+    np.testing.assert_allclose(given.covariance.numpy(), within, rtol=1e-4, atol=1e-6)
+
+
+def test_tied_channels_of_a_convolution_in_groups_are_predicted_one_by_one():
+    torch.manual_seed(0)
+    model = randomized(nn.Sequential(conv(3, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))).eval()
+    graph = trace(model, lambda: model(images(1)))
+    reader = readers(graph)["4"]
+    assert reader.slots.tolist() == [[index] for index in range(8)]
+    x = images(500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the convolution in groups cannot be compensated
+        recipe = analyze(model, [x], method=PFA("reconstruction")).recipe(energy=0.8, include=["2"])
+        assert len(recipe.keep["2"]) < 8
+        errors = {how: compensated_error(model, x, recipe, how) for how in (False, True, "linear")}
+    assert errors["linear"] < errors[True] < errors[False]
+
+
+def test_positions_of_a_few_smooth_images_are_not_taken_for_many_samples():
+    smooth = [F.interpolate(torch.randn(count, 3, 2, 2, generator=torch.Generator().manual_seed(count)), 16, mode="bicubic")
+              for count in (60, 300)]  # fmt: skip
+    torch.manual_seed(0)
+    model = randomized(nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 1))).eval()
+    recipe = Recipe(keep={"0": range(40)})
+    found = {how: compensated_error(model, smooth[0], recipe, how, smooth[1]) for how in (True, "linear")}
+    assert found["linear"] < found[True]
+
+
+def test_channels_of_small_variance_are_predicted_beside_one_of_a_large():
+    covariance = np.diag([1e6, 1e-2, 1.0, 1e-2])
+    covariance[1, 3] = covariance[3, 1] = 1e-2  # the last is the second once more
+    found = takeover(covariance, np.array([0, 1, 2]), np.array([3]), 10_000)
+    np.testing.assert_allclose(found, [[0, 1, 0]], atol=1e-3)
+
+
+def test_inputs_follow_a_recipe_to_the_network_that_a_module_holds():
+    torch.manual_seed(0)
+    net = randomized(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4)))
+    module, x = Net(lambda m, x: m.net(x), net=net), vectors(500)
+    analysis = analyze(module, [x], compensate="linear")
+    inner = copy.deepcopy(net)
+    cut(inner, Recipe(keep={"net.0": KEPT}), x[:2], inputs=analysis.inputs)
+    cut(module, Recipe(keep={"net.0": KEPT}), x[:2], inputs=analysis.inputs)
+    assert torch.equal(inner(x), module(x))
+
+
+def test_a_copy_of_another_network_is_refused_and_stays():
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    analysis = analyze(model, [vectors(100)], compensate="linear")
+    copied = copy.deepcopy(model)
+    plan = cut(model, Recipe(keep={"0": KEPT}), vectors(2), graph=analysis.graph, inputs=analysis.inputs)
+    for other in (nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4)), nn.Sequential(copied)):
+        with pytest.raises(ValueError, match="no copy of the network before the cut"):
+            cut_copy(other, plan, analysis.graph, analysis.inputs)
+    cut_copy(copied, plan, analysis.graph, analysis.inputs)
+    assert torch.equal(copied(vectors(3)), model(vectors(3)))
+
+
+def test_more_rows_than_are_added_at_once_with_one_that_is_not_finite_leave_the_states(monkeypatch):
+    monkeypatch.setattr("lit_compress.statistics.covariance._ROWS", 8)
+    data = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    metric = StreamingCovariance(3)
+    metric.update(data)
+    torch.testing.assert_close(metric.compute(), torch.cov(data.double().T))
+    data[-1, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"channels \[1\] hold NaN"):
+        metric.update(data)
+    assert int(metric.count) == 30
 
 
 def test_the_places_of_a_flattened_map_are_those_of_its_channels():

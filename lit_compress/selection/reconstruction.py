@@ -32,32 +32,32 @@ class Reading(NamedTuple):
     Args:
         covariance: Of its K input channels, ``(K, K)``.
         gram: Products of their weights, summed over outputs and places in the kernel, ``(K, K)``.
-        channels: Which of the channels to choose from each of them is, ``(K,)``; -1 for one that stays.
-        vectors: How many the covariance is from.
+        channels: Which of the channels to choose from each of them is, ``(K,)``; -1 for one that stays. Tied ones share a number.
+        samples: How many the covariance is from.
     """
 
     covariance: Matrix
     gram: Matrix
     channels: NDArray[np.int64]
-    vectors: int
+    samples: int
 
 
-def takeover(covariance: Matrix, kept: NDArray[np.int64], removed: NDArray[np.int64], vectors: int) -> Matrix:
+def takeover(covariance: Matrix, kept: NDArray[np.int64], removed: NDArray[np.int64], samples: int) -> Matrix:
     r"""Coefficients :math:`A` ``(R, K)`` by which the channels kept predict those removed, each less its mean.
 
     Args:
         covariance: Of all channels.
         kept: Indices of the K channels kept.
         removed: Indices of the R channels removed.
-        vectors: How many the covariance is from. As many as there are channels tell little: a ridge, a tenth of the channels'
-            mean variance times their number over that of the vectors, keeps A from fitting chance.
+        samples: How many the covariance is from. As many as there are channels tell little: a ridge, of each channel's variance a
+            tenth of the number of channels over that of samples, keeps A from fitting chance.
 
     Example:
         >>> covariance = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0], [2.0, 0.0, 4.0]])  # the last is twice the first
-        >>> takeover(covariance, np.array([0, 1]), np.array([2]), vectors=10**9).round(3)
+        >>> takeover(covariance, np.array([0, 1]), np.array([2]), samples=10**9).round(3)
         array([[2., 0.]])
     """
-    chosen = _ridged(covariance, vectors)[np.ix_(kept, kept)]
+    chosen = _ridged(covariance, samples)[np.ix_(kept, kept)]
     coefficients: Matrix = cho_solve(cho_factor(chosen), covariance[np.ix_(kept, removed)]).T
     return coefficients
 
@@ -77,7 +77,7 @@ def removal_order(readings: Sequence[Reading], channels: int) -> NDArray[np.int6
 
     Example:
         >>> covariance = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0], [2.0, 0.0, 4.0]])  # the last is twice the first
-        >>> removal_order([Reading(covariance, np.eye(3), np.arange(3), vectors=1000)], channels=3)
+        >>> removal_order([Reading(covariance, np.eye(3), np.arange(3), samples=1000)], channels=3)
         array([0, 1, 2])
     """
     parts = [_Remaining(reading) for reading in readings if reading.covariance.diagonal().sum() > 0]
@@ -101,30 +101,35 @@ class _Remaining:
     def __init__(self, reading: Reading) -> None:
         whole = float((reading.covariance * reading.gram).sum())
         scale = 1 / whole if whole > 0 else 0.0
-        ridged = _ridged(reading.covariance, reading.vectors)
+        ridged = _ridged(reading.covariance, reading.samples)
         self._channels = reading.channels
         self._precision = np.asfortranarray(cho_solve(cho_factor(ridged), np.eye(len(ridged))))
         self._gram = np.asfortranarray(scale * reading.gram)
         self._here = np.ones(len(ridged), dtype=bool)
+        numbers, counts = np.unique(reading.channels[reading.channels >= 0], return_counts=True)
+        self._tied = numbers[counts > 1]
 
     def add_costs(self, costs: Matrix) -> None:
         """Add what it costs to lose each channel that is left."""
         mine = np.flatnonzero(self._here & (self._channels >= 0))
-        costs[self._channels[mine]] += self._gram.diagonal()[mine] / self._precision.diagonal()[mine]
+        alone = ~np.isin(self._channels[mine], self._tied)
+        single = mine[alone]
+        costs[self._channels[single]] += self._gram.diagonal()[single] / self._precision.diagonal()[single]
+        for channel in np.unique(self._channels[mine[~alone]]):
+            rows = np.flatnonzero(self._here & (self._channels == channel))
+            together = np.ix_(rows, rows)
+            costs[channel] += np.linalg.solve(self._precision[together], self._gram[together]).trace()
 
     def remove(self, channel: int) -> None:
         """Take a channel out; the others take over."""
-        rows = np.flatnonzero(self._here & (self._channels == channel))
-        if len(rows) == 0:
-            return
-        row = int(rows[0])
-        share = self._precision[:, row] / self._precision[row, row]  # of its weights that each of the others takes over, negated
-        given = self._gram[:, row] - 0.5 * self._gram[row, row] * share
-        # In place, for they are large: P - p p' / P_jj, and the products of the weights w_i - w_j p_i / P_jj.
-        self._precision = blas.dger(-self._precision[row, row], share, share, a=self._precision, overwrite_a=1)
-        self._gram = blas.dger(-1.0, share, given, a=self._gram, overwrite_a=1)
-        self._gram = blas.dger(-1.0, given, share, a=self._gram, overwrite_a=1)
-        self._here[row] = False
+        for row in np.flatnonzero(self._here & (self._channels == channel)).tolist():
+            share = self._precision[:, row] / self._precision[row, row]  # of its weights that the others take over, negated
+            given = self._gram[:, row] - 0.5 * self._gram[row, row] * share
+            # In place, for they are large: P - p p' / P_jj, and the products of the weights w_i - w_j p_i / P_jj.
+            self._precision = blas.dger(-self._precision[row, row], share, share, a=self._precision, overwrite_a=1)
+            self._gram = blas.dger(-1.0, share, given, a=self._gram, overwrite_a=1)
+            self._gram = blas.dger(-1.0, given, share, a=self._gram, overwrite_a=1)
+            self._here[row] = False
         if 2 * self._here.sum() < len(self._here):  # what is gone costs no more time
             left = np.flatnonzero(self._here)
             self._precision = np.asfortranarray(self._precision[np.ix_(left, left)])
@@ -132,9 +137,9 @@ class _Remaining:
             self._channels, self._here = self._channels[left], np.ones(len(left), dtype=bool)
 
 
-def _ridged(covariance: Matrix, vectors: int) -> Matrix:
-    """A covariance that has an inverse, however few vectors it is from; 1e-6 is far above what float64 loses in one."""
-    mean = covariance.diagonal().mean()
-    ridge = mean * max(0.1 * len(covariance) / vectors, 1e-6) if mean > 0 else 1.0
-    ridged: Matrix = covariance + ridge * np.eye(len(covariance))
+def _ridged(covariance: Matrix, samples: int) -> Matrix:
+    """A covariance that has an inverse, however few samples it is from; 1e-6 is far above what float64 loses in one."""
+    variances = covariance.diagonal()
+    least = 1e-12 * variances.max() or 1.0  # a channel that never changes
+    ridged: Matrix = covariance + np.diag(max(0.1 * len(covariance) / samples, 1e-6) * np.maximum(variances, least))
     return ridged

@@ -91,6 +91,7 @@ class StreamingCovariance(Metric):
         if len(samples) == 0:
             return
         if len(samples) > _ROWS:
+            _refuse_infinite(samples.mean(0, dtype=torch.float64))
             for part in samples.split(_ROWS):
                 self.update(part)
             return
@@ -98,12 +99,7 @@ class StreamingCovariance(Metric):
         first = samples[0].double()
         samples = samples - first  # float64 from here on
         offset = samples.mean(0)
-        if not math.isfinite(float(offset.sum())):
-            channels = (~offset.isfinite()).nonzero().flatten().tolist()
-            raise ValueError(
-                f"Responses must be finite but channels {channels} hold NaN or infinity: "
-                "the network has diverged, or was given such an input."
-            )
+        _refuse_infinite(offset)
         # Python numbers where there is one, and few operations: each costs 10 to 40 us between a network's layers.
         count, added = float(self.count), len(samples)
         share = added / (count + added)
@@ -174,6 +170,15 @@ class StreamingCovariance(Metric):
         for name in self._defaults:  # a reset puts the defaults where the states are
             setattr(self, name, getattr(self, name).to(device))
         return self
+
+
+def _refuse_infinite(means: Tensor) -> None:
+    if not math.isfinite(float(means.sum())):
+        channels = (~means.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(
+            f"Responses must be finite but channels {channels} hold NaN or infinity: "
+            "the network has diverged, or was given such an input."
+        )
 
 
 def _merge(one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -198,7 +198,8 @@ def _naming(layer: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"Layer {layer!r} cannot be analysed: {error}") from error
+        what = layer if layer.startswith("the ") else f"Layer {layer!r}"  # some are sums, or what a layer is given
+        raise ValueError(f"{what[0].upper()}{what[1:]} cannot be analysed: {error}") from error
 
 
 def batch_size(batch: Any) -> int:

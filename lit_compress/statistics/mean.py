@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lit_compress.statistics.covariance import with_float64
 from lit_compress.statistics.sums import SumMetric
 
 
@@ -49,6 +50,7 @@ class StreamingMean(SumMetric):
         # Means over positions first, in single precision: they are many, and a float64 copy of them would be large.
         precision = torch.promote_types(values.dtype, torch.float32)
         means = values.detach().flatten(2).mean(2, dtype=precision) if values.ndim > 2 else values.detach()
+        means = means.to(with_float64(means.device))
         self.total = self.total + means.sum(0, dtype=torch.float64).to(self.total.device)
         self.count = self.count + len(values)
 
