@@ -30,6 +30,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.ops import box_convert, box_iou
 from typing_extensions import override
 
 from benchmarks.experiments.roi_autoencoder import SIZE, Photographs
@@ -81,6 +82,9 @@ ARMS: Mapping[str, Arm] = {
     "confidence": Arm(lambda passes: [TeacherConfidence(LOGITS, passes=passes), CrossEntropy(weight=0.5)]),
     "hint + confidence": Arm(lambda passes: [TeacherConfidence(HINT, passes=passes), CrossEntropy(weight=0.5)], copied=True),
 }
+
+# The small student also learns from ACF, by the arms for which P1 has it.
+ACF_ARMS = ("direct", "hint + confidence")
 
 # What P1 finds: the first arm has the lower miss rate, for students of these sizes.
 CLAIMS = [
@@ -203,15 +207,33 @@ def logits_of(net: nn.Module, data: PedestrianPatchDataModule) -> tuple[Tensor, 
     return torch.cat([logits for logits, _ in rows]), torch.cat([labels for _, labels in rows])
 
 
-def miss_rates(net: nn.Module, setting: Setting) -> Run:
-    """Log-average miss rate of the proposals as a network scores them, in each kind of image."""
+Scorer = Callable[[PedestrianImage, Detections], Detections]
+
+
+def miss_rates(scorer: Scorer, setting: Setting) -> Run:
+    """Log-average miss rate of the proposals by other scores, in each kind of image."""
     proposals = read_results(setting.proposals)
     rates = {}
     for place in setting.images.sources:
         images = setting.images.of(place, "test")
-        found = [rescore(net, image.read(), proposals[image.name], side=setting.side) for image in images]
+        found = [scorer(image, proposals[image.name]) for image in images]
         rates[place] = evaluate(scenes_of([image.annotations for image in images], found), COUNTED).log_average
     return rates
+
+
+def as_proposed(image: PedestrianImage, proposals: Detections) -> Detections:
+    """By the scores of the region proposal network."""
+    return proposals
+
+
+def oracle(image: PedestrianImage, proposals: Detections) -> Detections:
+    """By how much they overlap a person: what the boxes allow."""
+    corners = [
+        box_convert(torch.from_numpy(boxes), "xywh", "xyxy")
+        for boxes in (proposals.boxes, image.annotations.boxes[~image.annotations.ignore])
+    ]
+    overlaps = torch.cat([box_iou(*corners), torch.zeros(len(corners[0]), 1)], dim=1)  # there may be nobody
+    return Detections(proposals.boxes, overlaps.amax(1).double().numpy())
 
 
 class Comparison:
@@ -257,9 +279,13 @@ class Comparison:
         seconds = time.process_time() - start
         logits, labels = logits_of(net, self.data)
         right = logits.argmax(1) == labels
+
+        def scorer(image: PedestrianImage, proposals: Detections) -> Detections:
+            return rescore(net, image.read(), proposals, side=self.setting.side)
+
         run: Run = {
             "seed": seed, "student": student, "inputs": inputs, "arm": arm, "parameters": count_parameters(net),
-            **miss_rates(net, self.setting), "error": float((~right).float().mean()), "cpu_seconds": round(seconds),
+            **miss_rates(scorer, self.setting), "error": float((~right).float().mean()), "cpu_seconds": round(seconds),
             "commit": self.commit,
         }  # fmt: skip
         if arm != "teacher":
@@ -301,7 +327,7 @@ def resident(what: str) -> float:
 
 def measure(sizes: Sequence[str], side: int, batch: int, cuda: bool, done: Finished) -> None:
     """Time and memory of each network, each in a process of its own."""
-    for size in ("identity", *sizes):
+    for size in ("identity", *sizes) if sizes else ():
         if not done.holds(resources=size, side=side, cuda=cuda):
             call = f"resources({size!r}, {side}, {batch}, {cuda})"
             code = f"import json; from benchmarks.experiments.pedestrian_students import resources; print(json.dumps({call}))"
@@ -319,10 +345,15 @@ def tables(done: Finished) -> str:
     for (student, inputs, arm), some in grouped(runs, lambda run: (run["student"], run["inputs"], run["arm"])).items():
         rates = " | ".join(mean_and_spread(some, of=place) for place in places)
         lines.append(f"| {student} | {inputs} | {some[0]['parameters']:,} | {arm} | {rates} | {len(some)} |")
+    for run in done.runs:
+        if "proposals" in run:
+            rates = " | ".join(f"{run[place]:.2%}".replace("%", " %") for place in places)
+            lines.append(f"| proposals, {run['proposals']} | | | | {rates} | |")
     lines += ["", "| P1 finds | student | " + " | ".join(f"{place}: difference, 95 %" for place in places) + " |"]
     lines.append("|---|---|" + "---|" * len(places))
     claims = [(better, "rgb", worse, "rgb", size) for better, worse, sizes in CLAIMS for size in sizes]
-    claims += [(arm, "rgb", arm, "acf", "small") for arm in ("direct", "hint + confidence")]
+    claims += [(arm, "rgb", arm, "acf", "small") for arm in ACF_ARMS]
+    claims.append(("hint + confidence", "acf", "direct", "acf", "small"))
     for better, ours, worse, theirs, size in claims:
         cells = [compared(runs, place, (size, ours, better), (size, theirs, worse)) for place in places]
         if all(cells):
@@ -412,10 +443,13 @@ def main() -> None:
         propose(images, options.proposer_epochs, options.boxes, proposals)
     accelerator = "cuda" if cuda else "cpu"
     setting = Setting(images, proposals, options.work, options.side, options.batches, options.passes, accelerator)
+    for name, scorer in (("as they are", as_proposed), ("by an oracle", oracle)):
+        if not finished.holds(proposals=name):
+            finished.add([{"proposals": name, **miss_rates(scorer, setting)}])
     comparison = Comparison(setting, options.teacher, options.epochs, finished)
     comparison.teach(options.teacher_epochs)
     for student, seed, arm in product(options.students, options.seeds, options.arms):
-        for inputs in ("rgb", "acf") if student == "small" else ("rgb",):
+        for inputs in ("rgb", "acf") if student == "small" and arm in ACF_ARMS else ("rgb",):
             comparison.run(seed, student, inputs, arm)
     measure(options.resources, options.resources_side, 16, cuda, finished)
     draw(setting, options.seeds[0], finished.runs, options.out)
