@@ -2,10 +2,11 @@
 
     python -m benchmarks.experiments.pedestrian_students --data DIR --seeds 0 1 2 --out docs/images/pedestrian_students
 
-A region proposal network is trained once and proposes boxes for all images. Each seed trains a teacher on patches of them, and
-every student from it by every arm, with P1's optimizer and schedule over fewer and smaller patches, and with clipped gradients.
-A network scores the boxes proposed in test images, and Caltech's protocol scores the network. Writes OUT.json after every run
-(and goes on from it), keeps networks in --work, and prints tables; draws the logits and the first layers of the first seed.
+A region proposal network is trained once and proposes boxes for all images, and a teacher is trained once on patches of them.
+Each seed trains every student from it by every arm, on smaller patches than P1's and for a shorter time, from scratch. A network
+scores the boxes proposed in test images, and Caltech's protocol scores the network. Photographs are those of COCO128, shrunk to
+the size of the streets. Writes OUT.json after every run (and goes on from it), keeps networks, and what the teacher says, in
+--work, and prints tables; draws the logits and the first layers of the first seed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,19 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.ops import box_convert, box_iou
 from typing_extensions import override
 
+from benchmarks.experiments.roi_autoencoder import SIZE, Photographs
 from benchmarks.experiments.training import Finished, Run, fit, grouped, mean_and_spread, quiet
+from benchmarks.page import commit
 from lit_compress import count_parameters
 from lit_compress.datamodules import (
-    CocoPedestrianDataModule,
     PedestrianDataModule,
     PedestrianPatchDataModule,
     SyntheticPedestrianDataModule,
+    TeacherCacheDataModule,
 )
 from lit_compress.datamodules.pedestrian_images import SPLITS, PedestrianImage, Split
 from lit_compress.detection import DetectionLimits, RegionProposalNetwork, pedestrian_resnet
@@ -46,9 +51,12 @@ from lit_compress.modules import LitClassifier, LitDistiller, LitPedestrianDetec
 from lit_compress.pedestrians import Detections, Subset, evaluate, read_results, rescore, scenes_of, write_results
 
 HINT, LOGITS = "fc.hint", ""
-LEAST = 24.0  # pixels: who is less tall is an ignore region
+DRAWN = (16.0, 64.0)  # pixels: heights of persons in streets
+LEAST = 20.0  # pixels: who is less tall is an ignore region
 COUNTED = Subset(heights=(LEAST, inf), bounds=None)
-CLIP = 1.0  # norm of gradients, in every arm: at P1's rate, the losses with the teacher's covariance diverge without it
+TEACHER_SEED = 0
+RATE = 0.05  # the highest of a cycle; P1's 0.01 is for networks that know ImageNet, and learns less from scratch in this time
+CLIP = 1.0  # norm of gradients, in every arm: the losses with the teacher's covariance diverge without it
 PLACES = ("streets", "photographs")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +83,9 @@ ARMS: Mapping[str, Arm] = {
     "hint + confidence": Arm(lambda passes: [TeacherConfidence(HINT, passes=passes), CrossEntropy(weight=0.5)], copied=True),
 }
 
+# The small student also learns from ACF, by the arms for which P1 has it.
+ACF_ARMS = ("direct", "hint + confidence")
+
 # What P1 finds: the first arm has the lower miss rate, for students of these sizes.
 CLAIMS = [
     ("direct", "KD", ("thin", "small")),
@@ -88,7 +99,7 @@ CLAIMS = [
 class Images(PedestrianDataModule):
     """Drawn streets, and the persons of a few photographs where there are any, all in memory."""
 
-    def __init__(self, sources: Mapping[str, PedestrianDataModule], batch_size: int = 4) -> None:
+    def __init__(self, sources: Mapping[str, PedestrianDataModule], batch_size: int = 8) -> None:
         super().__init__(batch_size=batch_size)
         self.sources = sources
 
@@ -104,24 +115,20 @@ class Images(PedestrianDataModule):
 
 def images_of(folder: Path | None, streets: int) -> Images:
     """As many streets to train on, half as many to test on, and COCO128's photographs if they are in the folder."""
-    sources: dict[str, PedestrianDataModule] = {
-        "streets": SyntheticPedestrianDataModule(train_size=streets, val_size=4, test_size=max(streets // 2, 4))
-    }
-    photographs = CocoPedestrianDataModule(
-        folder, "coco128", "val2017", "annotations/instances_val2017.json", val_annotations=None, val_size=40
-    )
-    if photographs.root.exists():
+    drawn = SyntheticPedestrianDataModule(SIZE, DRAWN, train_size=streets, val_size=4, test_size=max(streets // 2, 4))
+    sources: dict[str, PedestrianDataModule] = {"streets": drawn}
+    photographs = Photographs(folder, batch_size=1)
+    if photographs.source.root.exists():
         sources["photographs"] = photographs
     return Images(sources)
 
 
-def propose(images: Images, epochs: int, file: Path) -> None:
-    """Train a region proposal network, and write what it proposes in all images."""
+def propose(images: Images, epochs: int, boxes: int, file: Path) -> None:
+    """Train a region proposal network, and write the boxes that it scores highest in all images."""
     pl.seed_everything(0, verbose=False)
-    limits = DetectionLimits(min_width=8.0, min_height=0.8 * LEAST)
     net = RegionProposalNetwork(
-        VGGEncoder(width=0.25, macro_layers=4), hidden=64, scales=tuple(0.8 * 1.3**step for step in range(9)),
-        image_size=(192, 256), min_height=0.8 * LEAST, limits=limits,
+        VGGEncoder(width=0.25, macro_layers=4), hidden=64, scales=tuple(0.8 * 1.3**step for step in range(7)), image_size=None,
+        min_height=DRAWN[0], limits=DetectionLimits(min_width=4.0, min_height=12.0, after=boxes),
     )  # fmt: skip
     steps = epochs * -(-len(images.images("train")) // images.batch_size)
     detector = LitPedestrianDetector(
@@ -139,8 +146,9 @@ def propose(images: Images, epochs: int, file: Path) -> None:
             for image in images.images(split):
                 (one,) = detector([image.read() / 255])
                 corners = one["boxes"].double().numpy()
-                boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
-                found[image.name] = Detections(boxes, one["scores"].double().numpy())
+                sizes = corners[:, 2:] - corners[:, :2]
+                rows = np.concatenate([corners[:, :2], sizes], axis=1)
+                found[image.name] = Detections(rows, one["scores"].double().numpy())
     write_results(file, found)
 
 
@@ -152,7 +160,6 @@ class Setting:
     proposals: Path
     work: Path
     side: int
-    epochs: int
     batches: int
     passes: int
     accelerator: str
@@ -168,20 +175,27 @@ class Setting:
         return self.work / f"{'_'.join([str(seed), *names]).replace(' ', '')}.pt"
 
 
-def learn(setting: Setting, net: nn.Module, seed: int, arm: Arm, teacher: nn.Module | None, data: pl.LightningDataModule) -> None:
-    """Train a network as P1 does: its rate is divided by 5 after 20, 40 and 60 of 70 epochs, here in proportion."""
+def learn(
+    setting: Setting, net: nn.Module, seed: int, epochs: int, arm: str = "direct", teacher: nn.Module | None = None
+) -> None:
+    """Train a network with P1's optimizer, in one cycle of its rate. What the teacher says of all patches is kept for others."""
     options: dict[str, Any] = {
-        "optimizer": lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        "scheduler": lambda optimizer: MultiStepLR(optimizer, [round(setting.epochs * part / 7) for part in (2, 4, 6)], 0.2),
+        "optimizer": lambda parameters: torch.optim.SGD(
+            parameters, RATE, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+        ),
+        "scheduler": lambda optimizer: OneCycleLR(optimizer, RATE, total_steps=epochs * setting.batches),
+        "scheduler_interval": "step",
     }
+    data: pl.LightningDataModule = setting.patches()
     module: pl.LightningModule
-    if arm.terms is None or teacher is None:
+    terms, copied = ARMS[arm].terms, ["fc.fc"] if ARMS[arm].copied else []
+    if terms is None or teacher is None:
         module = LitClassifier(net, num_classes=2, **options)
     else:
-        copied = ["fc.fc"] if arm.copied else []
-        module = LitDistiller(teacher, net, arm.terms(setting.passes), copy_from_teacher=copied, **options)
+        module = LitDistiller(teacher, net, terms(setting.passes), copy_from_teacher=copied, **options)
+        data = TeacherCacheDataModule(data, setting.work / f"teacher_{arm.replace(' ', '')}", variants=2)
     pl.seed_everything(seed, verbose=False)
-    fit(module, data, setting.epochs, accelerator=setting.accelerator, clip=CLIP)
+    fit(module, data, epochs, accelerator=setting.accelerator, clip=CLIP)
 
 
 @torch.no_grad()
@@ -193,55 +207,93 @@ def logits_of(net: nn.Module, data: PedestrianPatchDataModule) -> tuple[Tensor, 
     return torch.cat([logits for logits, _ in rows]), torch.cat([labels for _, labels in rows])
 
 
-def miss_rates(net: nn.Module, setting: Setting) -> Run:
-    """Log-average miss rate of the proposals as a network scores them, in each kind of image."""
+Scorer = Callable[[PedestrianImage, Detections], Detections]
+
+
+def miss_rates(scorer: Scorer, setting: Setting) -> Run:
+    """Log-average miss rate of the proposals by other scores, in each kind of image."""
     proposals = read_results(setting.proposals)
     rates = {}
     for place in setting.images.sources:
         images = setting.images.of(place, "test")
-        found = [rescore(net, image.read(), proposals[image.name], side=setting.side) for image in images]
+        found = [scorer(image, proposals[image.name]) for image in images]
         rates[place] = evaluate(scenes_of([image.annotations for image in images], found), COUNTED).log_average
     return rates
 
 
-def run_seed(
-    setting: Setting, seed: int, teacher_size: str, students: Sequence[str], arms: Sequence[str], done: Finished
-) -> None:
-    """A teacher, and every student by every arm, as far as they are not there yet."""
-    data = setting.patches()
+def as_proposed(image: PedestrianImage, proposals: Detections) -> Detections:
+    """By the scores of the region proposal network."""
+    return proposals
 
-    def finish(net: nn.Module, student: str, inputs: str, arm: str, seconds: float, judge: Tensor | None) -> Tensor:
-        logits, labels = logits_of(net, data)
+
+def oracle(image: PedestrianImage, proposals: Detections) -> Detections:
+    """By how much they overlap a person: what the boxes allow."""
+    corners = [
+        box_convert(torch.from_numpy(boxes), "xywh", "xyxy")
+        for boxes in (proposals.boxes, image.annotations.boxes[~image.annotations.ignore])
+    ]
+    overlaps = torch.cat([box_iou(*corners), torch.zeros(len(corners[0]), 1)], dim=1)  # there may be nobody
+    return Detections(proposals.boxes, overlaps.amax(1).double().numpy())
+
+
+class Comparison:
+    """A teacher, and students of it.
+
+    Args:
+        setting: What is trained on.
+        teacher: Size of the teacher.
+        epochs: Of a student's training.
+        done: The runs so far.
+    """
+
+    def __init__(self, setting: Setting, teacher: str, epochs: int, done: Finished) -> None:
+        self.setting, self.size, self.epochs, self.done = setting, teacher, epochs, done
+        self.data, self.commit = setting.patches(), commit()
+        self.teacher = self.build(TEACHER_SEED, teacher, "rgb", dropout=0.5)
+
+    def build(self, seed: int, size: str, inputs: str, dropout: float = 0.0) -> nn.Module:
+        """A network that has learnt nothing."""
+        pl.seed_everything(seed, verbose=False)
+        return pedestrian_resnet(size, inputs, dropout, self.setting.side)  # type: ignore[arg-type]
+
+    def teach(self, epochs: int) -> None:
+        """Train the teacher, if it is not there yet."""
+        file = self.setting.file(TEACHER_SEED, self.size, "rgb", "teacher")
+        if not self.done.holds(arm="teacher"):
+            start = time.process_time()
+            learn(self.setting, self.teacher, TEACHER_SEED, epochs)
+            self.finish(self.teacher, TEACHER_SEED, self.size, "rgb", "teacher", start)
+        kept = torch.load(file, weights_only=True)
+        self.teacher.load_state_dict(kept["state_dict"])
+        self.judge: Tensor = kept["right"]
+
+    def run(self, seed: int, student: str, inputs: str, arm: str) -> None:
+        """Train a student, if it is not there yet."""
+        if not self.done.holds(seed=seed, student=student, inputs=inputs, arm=arm):
+            net, start = self.build(seed, student, inputs), time.process_time()
+            learn(self.setting, net, seed, self.epochs, arm, self.teacher)
+            self.finish(net, seed, student, inputs, arm, start)
+
+    def finish(self, net: nn.Module, seed: int, student: str, inputs: str, arm: str, start: float) -> None:
+        """Score a network, and keep it."""
+        seconds = time.process_time() - start
+        logits, labels = logits_of(net, self.data)
         right = logits.argmax(1) == labels
+
+        def scorer(image: PedestrianImage, proposals: Detections) -> Detections:
+            return rescore(net, image.read(), proposals, side=self.setting.side)
+
         run: Run = {
             "seed": seed, "student": student, "inputs": inputs, "arm": arm, "parameters": count_parameters(net),
-            **miss_rates(net, setting), "error": float((~right).float().mean()), "seconds": seconds,
+            **miss_rates(scorer, self.setting), "error": float((~right).float().mean()), "cpu_seconds": round(seconds),
+            "commit": self.commit,
         }  # fmt: skip
-        if judge is not None:
-            run["agreement"] = [int((one & other).sum()) for one in (judge, ~judge) for other in (right, ~right)]
-        torch.save({"state_dict": net.state_dict(), "logits": logits, "right": right}, setting.file(seed, student, inputs, arm))
-        done.add([run])
+        if arm != "teacher":
+            run["agreement"] = [int((one & other).sum()) for one in (self.judge, ~self.judge) for other in (right, ~right)]
+        kept = {"state_dict": net.state_dict(), "logits": logits, "right": right}
+        torch.save(kept, self.setting.file(seed, student, inputs, arm))
+        self.done.add([run])
         print(f"seed {seed}, {student}, {inputs}, {arm}: {json.dumps({place: run.get(place) for place in PLACES})}", flush=True)
-        return right
-
-    def build(size: str, inputs: str, dropout: float = 0.0) -> nn.Module:
-        pl.seed_everything(seed, verbose=False)
-        return pedestrian_resnet(size, inputs, dropout, setting.side)  # type: ignore[arg-type]
-
-    teacher = build(teacher_size, "rgb", dropout=0.5)
-    if not done.holds(seed=seed, arm="teacher"):
-        start = time.perf_counter()
-        learn(setting, teacher, seed, ARMS["direct"], None, data)
-        finish(teacher, teacher_size, "rgb", "teacher", time.perf_counter() - start, None)
-    kept = torch.load(setting.file(seed, teacher_size, "rgb", "teacher"), weights_only=True)
-    teacher.load_state_dict(kept["state_dict"])
-    for student in students:
-        for inputs in ("rgb", "acf") if student == "small" else ("rgb",):
-            for arm in arms:
-                if not done.holds(seed=seed, student=student, inputs=inputs, arm=arm):
-                    net, start = build(student, inputs), time.perf_counter()
-                    learn(setting, net, seed, ARMS[arm], teacher, data)
-                    finish(net, student, inputs, arm, time.perf_counter() - start, kept["right"])
 
 
 def resources(size: str, side: int, batch: int, cuda: bool) -> tuple[float, float]:
@@ -275,7 +327,7 @@ def resident(what: str) -> float:
 
 def measure(sizes: Sequence[str], side: int, batch: int, cuda: bool, done: Finished) -> None:
     """Time and memory of each network, each in a process of its own."""
-    for size in ("identity", *sizes):
+    for size in ("identity", *sizes) if sizes else ():
         if not done.holds(resources=size, side=side, cuda=cuda):
             call = f"resources({size!r}, {side}, {batch}, {cuda})"
             code = f"import json; from benchmarks.experiments.pedestrian_students import resources; print(json.dumps({call}))"
@@ -293,10 +345,15 @@ def tables(done: Finished) -> str:
     for (student, inputs, arm), some in grouped(runs, lambda run: (run["student"], run["inputs"], run["arm"])).items():
         rates = " | ".join(mean_and_spread(some, of=place) for place in places)
         lines.append(f"| {student} | {inputs} | {some[0]['parameters']:,} | {arm} | {rates} | {len(some)} |")
+    for run in done.runs:
+        if "proposals" in run:
+            rates = " | ".join(f"{run[place]:.2%}".replace("%", " %") for place in places)
+            lines.append(f"| proposals, {run['proposals']} | | | | {rates} | |")
     lines += ["", "| P1 finds | student | " + " | ".join(f"{place}: difference, 95 %" for place in places) + " |"]
     lines.append("|---|---|" + "---|" * len(places))
     claims = [(better, "rgb", worse, "rgb", size) for better, worse, sizes in CLAIMS for size in sizes]
-    claims += [(arm, "rgb", arm, "acf", "small") for arm in ("direct", "hint + confidence")]
+    claims += [(arm, "rgb", arm, "acf", "small") for arm in ACF_ARMS]
+    claims.append(("hint + confidence", "acf", "direct", "acf", "small"))
     for better, ours, worse, theirs, size in claims:
         cells = [compared(runs, place, (size, ours, better), (size, theirs, worse)) for place in places]
         if all(cells):
@@ -335,7 +392,8 @@ def compared(runs: Sequence[Run], place: str, better: tuple[str, str, str], wors
 def draw(setting: Setting, seed: int, runs: Sequence[Run], out: Path) -> None:
     """Histograms of both logits over the test patches, and the filters of the first layers that see colours."""
     keys = [(run["student"], run["inputs"], run["arm"]) for run in runs if run.get("seed") == seed]
-    chosen = [key for key in keys if key[2] in ("teacher", "KD", "hint + confidence") and key[1] == "rgb"]
+    shown = ("teacher", "direct", "KD", "hint + confidence")
+    chosen = [key for key in keys if key[2] in shown and key[0] in (keys[0][0], "small") and key[1] == "rgb"]
     figure = Figure(figsize=(3 * len(chosen), 3), layout="constrained")
     for panel, key in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         logits = torch.load(setting.file(seed, *key), weights_only=True)["logits"].numpy()
@@ -364,12 +422,14 @@ def main() -> None:
     parser.add_argument("--teacher", choices=["18", "200"], default="200" if cuda else "18")
     parser.add_argument("--students", nargs="+", choices=["18", "thin", "small"], default=["small", "thin", "18"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--side", type=int, default=64, help="of a patch in pixels; P1 has 224")
-    parser.add_argument("--epochs", type=int, default=7, help="of every training; P1 has 70")
-    parser.add_argument("--batches", type=int, default=150, help="of 16 patches in an epoch; P1 has 1000")
+    parser.add_argument("--side", type=int, default=32, help="of a patch in pixels; P1 has 224")
+    parser.add_argument("--batches", type=int, default=500, help="of 16 patches in an epoch; P1 has 1000")
+    parser.add_argument("--epochs", type=int, default=3, help="of a student's training; P1 has 70")
+    parser.add_argument("--teacher_epochs", type=int, default=6)
     parser.add_argument("--passes", type=int, default=200, help="of the teacher with dropout")
-    parser.add_argument("--streets", type=int, default=400, help="drawn streets to train on")
-    parser.add_argument("--proposer_epochs", type=int, default=12, help="of the region proposal network")
+    parser.add_argument("--streets", type=int, default=1000, help="drawn streets to train on")
+    parser.add_argument("--proposer_epochs", type=int, default=6, help="of the region proposal network")
+    parser.add_argument("--boxes", type=int, default=10, help="proposed in an image")
     parser.add_argument("--resources", nargs="*", default=["200", "18", "thin", "small"], help="networks to time; Linux or CUDA")
     parser.add_argument("--resources_side", type=int, default=224)
     parser.add_argument("--work", type=Path, default=Path("lit_compress_runs/pedestrian_students"))
@@ -380,12 +440,17 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     images, proposals = images_of(options.data, options.streets), options.work / "proposals.json"
     if not proposals.exists():
-        propose(images, options.proposer_epochs, proposals)
-    setting = Setting(
-        images, proposals, options.work, options.side, options.epochs, options.batches, options.passes, "cuda" if cuda else "cpu"
-    )
-    for seed in options.seeds:
-        run_seed(setting, seed, options.teacher, options.students, options.arms, finished)
+        propose(images, options.proposer_epochs, options.boxes, proposals)
+    accelerator = "cuda" if cuda else "cpu"
+    setting = Setting(images, proposals, options.work, options.side, options.batches, options.passes, accelerator)
+    for name, scorer in (("as they are", as_proposed), ("by an oracle", oracle)):
+        if not finished.holds(proposals=name):
+            finished.add([{"proposals": name, **miss_rates(scorer, setting)}])
+    comparison = Comparison(setting, options.teacher, options.epochs, finished)
+    comparison.teach(options.teacher_epochs)
+    for student, seed, arm in product(options.students, options.seeds, options.arms):
+        for inputs in ("rgb", "acf") if student == "small" and arm in ACF_ARMS else ("rgb",):
+            comparison.run(seed, student, inputs, arm)
     measure(options.resources, options.resources_side, 16, cuda, finished)
     draw(setting, options.seeds[0], finished.runs, options.out)
     print(tables(finished))

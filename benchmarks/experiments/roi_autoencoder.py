@@ -114,7 +114,7 @@ class Trained(Detector):
 class Photographs(PedestrianDataModule):
     """Persons of COCO128's photographs, shrunk to fit into a street and kept in memory; 40 of the 128 are held out."""
 
-    def __init__(self, folder: Path, batch_size: int) -> None:
+    def __init__(self, folder: Path | None, batch_size: int) -> None:
         super().__init__(batch_size=batch_size)
         self.source = CocoPedestrianDataModule(
             folder, "coco128", "val2017", "annotations/instances_val2017.json", val_annotations=None, val_size=40
