@@ -1,8 +1,8 @@
 """Keep what removed channels gave, as far as the layers that read them can: fold it into their biases and weights.
 
 By the means alone, a removed channel is taken to be what it was on average: exact for one that is constant. By the covariances as
-well, it is taken to be what the channels kept predict, by linear least squares: but for a small ridge, exact for one that is a linear
-function of them.
+well, it is taken to be what the channels kept predict, by linear least squares: but for a small ridge, exact for one that is a
+linear function of them.
 Either way the borders of a zero-padded convolution are off: there the channel met padding, which its mean does not know.
 """
 
