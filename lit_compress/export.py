@@ -71,7 +71,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path, *, form: For
 
 
 def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    batch = Dim("batch")
+    batch = Dim("batch", max=2**31 - 1)  # torch 2.6 takes no slice with an open end of a batch without bound
     shapes = tuple({0: batch} for _ in inputs)
     try:
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
