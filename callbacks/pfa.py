@@ -53,9 +53,10 @@ class PFAPruning(PruningCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if select not in ("correlation", "reconstruction"):
-            raise MisconfigurationException(f"Argument `select` must be 'correlation' or 'reconstruction' but got {select!r}.")
-        self.select: Select = select
+        try:
+            self.select: Select = PFA(select).select
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         sizes = {"keep_params": keep_params, "keep_mult_adds": keep_mult_adds, "keep_latency": keep_latency}
         self.target = one_target("energy", {"energy": energy, **sizes}, needed=False)
 

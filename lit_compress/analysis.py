@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import chain
 from math import ceil, prod
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from lit_compress.spectra import PFA, GroupSpectrum
 from lit_compress.statistics.gather import Progress, batch_size, first_samples, gather, in_order, to_device
 from lit_compress.surgery import ForwardFn, call, make_plan, removed_by
 
-Compensate: TypeAlias = "bool | Literal['linear']"
 METHODS: Mapping[str, type[Method]] = {"pfa": PFA, "pib": PIB, "magnitude": Magnitude, "slimming": Slimming}
 
 
@@ -428,7 +427,7 @@ def analyze(
     max_samples: int | None = None,
     progress: Progress | None = None,
     skips: Literal["share", "pad"] = "share",
-    compensate: Compensate = False,
+    compensate: bool | Literal["linear"] = False,
     stopwatch: Stopwatch | None = None,
 ) -> Analysis:
     """Find out how many channels each layer of a network needs on some data, changing nothing.
