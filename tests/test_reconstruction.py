@@ -118,8 +118,9 @@ def test_a_box_is_covered_and_by_less_than_a_position_too_much(x, y, width, heig
     box = torch.tensor([[x, y, x + width, y + height]], dtype=torch.float64)
     rows, columns = box_masks([box], (128, 128), (stride, stride))[0, 0].nonzero().unbind(1)
     for low, high, positions in ((y, y + height, rows), (x, x + width, columns)):
-        assert positions.min() * stride <= low < (positions.min() + 1) * stride
-        assert (positions.max() + 1) * stride >= high > positions.max() * stride
+        first, last = int(positions.min()), int(positions.max())  # a tensor of integers is compared with a number in float32
+        assert first * stride <= low < (first + 1) * stride
+        assert (last + 1) * stride >= high > last * stride
 
 
 def test_boxes_and_strides_that_make_no_sense_are_refused():
